@@ -1,0 +1,39 @@
+# Every target works on a fresh machine with git, make and Python 3.11+ with venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN = .venv/bin
+OUT = out
+TEST_ENV = env OMP_NUM_THREADS=1 MPLBACKEND=agg
+.PHONY: demo test lab bench check install export clean-nbs
+
+.venv/installed: constraints.txt settings.ini setup.py pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+install: .venv/installed
+
+demo: .venv/installed
+	mkdir -p $(OUT)
+	$(BIN)/papermill papers/gkd.ipynb $(OUT)/gkd_phantom.ipynb -p preset quick --no-progress-bar --log-output
+	@$(BIN)/python -m medkd runs --paper gkd --dataset phantom-chasedb1 --outputs
+	@echo "rendered notebook: $(OUT)/gkd_phantom.ipynb"
+
+test: .venv/installed
+	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q tests
+
+lab: .venv/installed
+	$(BIN)/jupyter lab
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/run.py
+
+# notebooks clean, package in step with them, no leaked notebook globals
+check: .venv/installed
+	$(BIN)/python tests/check_sync.py
+	$(BIN)/python -m pyflakes medkd
+
+export: .venv/installed
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_clean --fname papers
