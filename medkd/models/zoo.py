@@ -3,19 +3,22 @@
 # %% auto #0
 __all__ = ['MODELS', 'model_options', 'build']
 
-# %% ../../nbs/models/90_zoo.ipynb #76bc44d7
+# %% ../../nbs/models/90_zoo.ipynb #89c798e9
 import inspect
 from collections.abc import Callable
 
 from torch import nn
 
 from ..core import unknown
+from .enet import ENet
+from .erfnet import ERFNet
 from .fanet import FANet
 from .mobile_unet import MobileUNet
 from .unet import UNet, UNetNoSkip
 
-# %% ../../nbs/models/90_zoo.ipynb #263b24bc
-MODELS: dict[str, Callable[..., nn.Module]] = dict(fanet=FANet, mobile_unet=MobileUNet, unet=UNet, unet_noskip=UNetNoSkip)
+# %% ../../nbs/models/90_zoo.ipynb #f0d18aa9
+MODELS: dict[str, Callable[..., nn.Module]] = dict(
+    fanet=FANet, mobile_unet=MobileUNet, enet=ENet, erfnet=ERFNet, unet=UNet, unet_noskip=UNetNoSkip)
 
 # %% ../../nbs/models/90_zoo.ipynb #6eaa188f
 def model_options(name:str) -> tuple[str, ...]: # of `build(name, ...)`
