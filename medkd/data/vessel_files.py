@@ -5,7 +5,7 @@ __all__ = ['CHASEDB1', 'STARE', 'DRIVE', 'Vessels', 'chasedb1_files', 'stare_fil
            'check_mask', 'patient', 'absent_folders', 'encode', 'write_vessels', 'check_vessels', 'missing', 'digest',
            'unexpected', 'stray']
 
-# %% ../../nbs/data/05_vessel_files.ipynb #9a4db9f8
+# %% ../../nbs/data/05_vessel_files.ipynb #4388b102
 import gzip
 import hashlib
 import io
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ..core import unknown
 from .base import Problem, Problems
 from .files import write_atomic
 from .fundus import STYLES, fundus
@@ -138,13 +139,15 @@ def encode(path:Path,        # decides the format by its ending
     data = buffer.getvalue()
     write_atomic(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
-# %% ../../nbs/data/05_vessel_files.ipynb #3887c84b
+# %% ../../nbs/data/05_vessel_files.ipynb #4a8a0282
 def write_vessels(vessels:Vessels,
                   folder:Path,           # absent or empty
                   cases:Sequence[str],   # names of official cases
                   size:tuple[int, int],  # (H,W) of the photographs
                   seed:int):
     "Write a phantom twin of `vessels`; a case depends on its name and `seed` alone."
+    if strange := set(cases) - set(vessels.cases):
+        raise unknown("case", min(strange), vessels.cases)
     for case in cases:
         rng, skin = (np.random.default_rng([seed, *name.encode()])
                      for name in (case, f"skin of {patient(vessels, case)}"))

@@ -73,27 +73,27 @@ def annotated(vessels:Vessels, folder:Path,
               f"{len(files) - len(kept)} photographs left out")
     return kept
 
-# %% ../../nbs/data/06_vessels.ipynb #d2d8e4ab
-def require(vessels:Vessels, folder:Path, names:Sequence[str]):
+# %% ../../nbs/data/06_vessels.ipynb #b4e61e2f
+def require(name:str, folder:Path, names:Sequence[str]):
     "One FileNotFoundError for all that is missing."
-    missing = [name for name in names if not (folder / name).exists()]
+    missing = [path for path in names if not (folder / path).exists()]
     if missing:
         raise FileNotFoundError(
             f"{folder} is incomplete: {len(missing)} of {len(names)} files are missing, first "
-            f"{', '.join(missing[:3])}; copy it again (python -m medkd verify {vessels.name} lists all)")
+            f"{', '.join(missing[:3])}; copy it again (python -m medkd verify {name} lists all)")
 
-# %% ../../nbs/data/06_vessels.ipynb #9922fce1
-def read_case(vessels:Vessels, folder:Path, files:dict[str, str], sums:dict[str, str]
+# %% ../../nbs/data/06_vessels.ipynb #0b18c355
+def read_case(name:str, folder:Path, files:dict[str, str], sums:dict[str, str]
               ) -> dict[str, np.ndarray]: # image, label, fov
     "One case, prepared or from the cache. ValueError that names bad files."
-    key = " ".join(["fundus 1", *(f"{role}={sums[name]}" for role, name in sorted(files.items()))])
+    key = " ".join(["fundus 1", *(f"{role}={sums[path]}" for role, path in sorted(files.items()))])
     try:
         return cached(key, lambda: prepare(folder, files))
     except ValueError as error:
         raise ValueError(f"{folder}:\n{error}\nfetch these files again "
-                         f"(python -m medkd verify {vessels.name} checks all)") from error
+                         f"(python -m medkd verify {name} checks all)") from error
 
-# %% ../../nbs/data/06_vessels.ipynb #511450b3
+# %% ../../nbs/data/06_vessels.ipynb #9d586044
 def load_vessels(vessels:Vessels,
                  folder:Path,           # in official layout
                  cases:Sequence[str]|None=None, # those of a phantom twin; None: the official ones
@@ -107,12 +107,13 @@ def load_vessels(vessels:Vessels,
                          f"{patches_per_image!r}; expected 1 or 2, and positive numbers")
     files = {case: used_files(vessels, case, observer) for case in cases or vessels.cases}
     files = annotated(vessels, folder, files)
-    names = [name for roles in files.values() for name in roles.values()]
-    require(vessels, folder, names)
+    names = [path for roles in files.values() for path in roles.values()]
+    name = vessels.name if cases is None else f"phantom:{vessels.name}"
+    require(name, folder, names)
     sums = checksums(folder, names)
     parts = {part: [case for case in getattr(vessels, part) if case in files]
              for part in ("train", "val", "test")}
-    arrays = {part: [read_case(vessels, folder, files[case], sums) for case in chosen]
+    arrays = {part: [read_case(name, folder, files[case], sums) for case in chosen]
               for part, chosen in parts.items()}
     people = {part: [patient(vessels, case) for case in chosen] for part, chosen in parts.items()}
     options = dict(observer=observer, patch=patch, patches_per_image=patches_per_image)
