@@ -4,7 +4,7 @@
 __all__ = ['DATASETS', 'PHANTOM_VERSION', 'lookup', 'phantom', 'present', 'real_folder', 'phantom_folder', 'find',
            'check_options', 'load', 'verify']
 
-# %% ../../nbs/data/90_data.ipynb #70b8b249
+# %% ../../nbs/data/90_data.ipynb #74fb3ccf
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core import unknown
 from .base import Problem, Problems, Source, Splits, cache_root, data_root
-from .download import download, read_manifest
+from .fetch import download, read_manifest
 from .files import content_sha256, read_marker, staged, write_marker
 from .vessels import SOURCES
 

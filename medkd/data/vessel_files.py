@@ -73,7 +73,7 @@ DRIVE = Vessels("drive", drive_files, tuple(f"{n}_training" for n in range(21, 3
                 ("39_training", "40_training"), tuple(f"{n:02d}_test" for n in range(1, 21)),
                 optional=("test/1st_manual", "test/2nd_manual"))
 
-# %% ../../nbs/data/05_vessel_files.ipynb #7ce71236
+# %% ../../nbs/data/05_vessel_files.ipynb #e9d76aca
 def decode(path:Path, # .jpg .png .tif .gif .ppm.gz
            mode:str,  # "RGB", or "L" for grey
            ) -> np.ndarray: # uint8, (H,W,3) or (H,W)
@@ -82,7 +82,9 @@ def decode(path:Path, # .jpg .png .tif .gif .ppm.gz
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data
         return np.asarray(Image.open(io.BytesIO(data)).convert(mode))
-    except (EOFError, zlib.error, UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except UnidentifiedImageError as error:
+        raise ValueError("cannot be decoded (not an image, or cut off near its start)") from error
+    except (EOFError, zlib.error, OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"cannot be decoded ({error})") from error
 
 # %% ../../nbs/data/05_vessel_files.ipynb #f5d96157
