@@ -3,125 +3,144 @@
 # %% auto #0
 __all__ = ['ENetInitial', 'ENetBottleneck', 'ENetDown', 'ENetUp', 'context', 'Stage', 'ENet']
 
-# %% ../../nbs/models/04_enet.ipynb #ea0a8806
+# %% ../../nbs/models/04_enet.ipynb #4ad92fbf
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import EncoderDecoder, conv_norm, relu, scaled
+from .base import EncoderDecoder, conv_norm, level_taps, relu, remaining, scaled
 
-# %% ../../nbs/models/04_enet.ipynb #5bb17f20
+# %% ../../nbs/models/04_enet.ipynb #683c1a81
 class ENetInitial(nn.Module):
-    "Strided convolution beside max-pooling of the image: (B,in_channels,H,W) -> (B,out_channels,H/2,W/2), halves rounded up."
+    """Strided convolution beside max-pooling: (B,in_channels,H,W) -> (B,out_channels,H/2,W/2).
+
+    Halves are rounded up."""
     def __init__(self, in_channels:int, out_channels:int):
         super().__init__()
-        if in_channels >= out_channels: raise ValueError(f"the initial block makes {out_channels} channels of fewer, but was given {in_channels}: use a larger width")
-        self.conv = nn.Conv2d(in_channels, out_channels - in_channels, 3, stride=2, padding=1, bias=False)
+        filters = remaining(in_channels, out_channels)
+        self.conv = nn.Conv2d(in_channels, filters, 3, stride=2, padding=1, bias=False)
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         self.norm = nn.Sequential(nn.BatchNorm2d(out_channels), nn.PReLU())
 
-    def forward(self, x:Tensor) -> Tensor: return self.norm(torch.cat([self.conv(x), self.pool(x)], 1))
+    def forward(self, x:Tensor) -> Tensor:
+        return self.norm(torch.cat([self.conv(x), self.pool(x)], 1))
 
-# %% ../../nbs/models/04_enet.ipynb #bbdb32b9
+# %% ../../nbs/models/04_enet.ipynb #6fc6a1be
 class ENetBottleneck(nn.Module):
     "Residual bottleneck: (B,C,H,W) -> (B,C,H,W)."
     def __init__(self,
-        channels:int, # C, a multiple of 4
-        act:Callable[[], nn.Module], # makes an activation
-        drop:float, # probability to drop a channel
-        dilation:int=1,
-        asymmetric:bool=False, # 5x1 and 1x5 instead of 3x3
-    ):
+                 channels:int,                # C, a multiple of 4
+                 act:Callable[[], nn.Module], # makes an activation
+                 drop:float,                  # probability to drop a channel
+                 dilation:int=1,
+                 asymmetric:bool=False):      # 5x1 and 1x5 instead of 3x3
         super().__init__()
-        inner = channels // 4
-        filters = [conv_norm(inner, inner, k, act) for k in ((5, 1), (1, 5))] if asymmetric else [conv_norm(inner, inner, 3, act, dilation=dilation)]
-        self.block = nn.Sequential(conv_norm(channels, inner, 1, act), *filters, conv_norm(inner, channels, 1, act), nn.Dropout2d(drop))
+        inner, kernels = channels // 4, ((5, 1), (1, 5)) if asymmetric else (3,)
+        filters = (conv_norm(inner, inner, kernel, act, dilation=dilation) for kernel in kernels)
+        self.block = nn.Sequential(conv_norm(channels, inner, 1, act), *filters,
+                                   conv_norm(inner, channels, 1, act), nn.Dropout2d(drop))
         self.act = act()
 
     def forward(self, x:Tensor) -> Tensor: return self.act(x + self.block(x))
 
-# %% ../../nbs/models/04_enet.ipynb #0ad47326
+# %% ../../nbs/models/04_enet.ipynb #d99164a6
 class ENetDown(nn.Module):
-    "Down-sampling: (B,in_channels,H,W) and its 2x2 max-pooling -> (B,out_channels,H/2,W/2), halves rounded down."
+    """Down-sampling: (B,in_channels,H,W) and its 2x2 max-pooling -> (B,out_channels,H/2,W/2).
+
+    Halves are rounded down."""
     def __init__(self, in_channels:int, out_channels:int, drop:float):
         super().__init__()
         inner = in_channels // 4
-        self.block = nn.Sequential(conv_norm(in_channels, inner, 2, nn.PReLU, stride=2), conv_norm(inner, inner, 3, nn.PReLU),
-                                   conv_norm(inner, out_channels, 1, nn.PReLU), nn.Dropout2d(drop))
+        self.block = nn.Sequential(
+            conv_norm(in_channels, inner, 2, nn.PReLU, stride=2),
+            conv_norm(inner, inner, 3, nn.PReLU),
+            conv_norm(inner, out_channels, 1, nn.PReLU), nn.Dropout2d(drop))
         self.act = nn.PReLU()
 
     def forward(self, x:Tensor, pooled:Tensor) -> Tensor:
         y, n = self.block(x), pooled.shape[1]
         return self.act(torch.cat([y[:, :n] + pooled, y[:, n:]], 1))
 
-# %% ../../nbs/models/04_enet.ipynb #30681246
+# %% ../../nbs/models/04_enet.ipynb #ca048547
 class ENetUp(nn.Module):
-    "Up-sampling: (B,in_channels,h,w), (B,out_channels,h,w) places of the maxima, size (H,W) -> (B,out_channels,H,W)."
+    """Up-sampling: (B,in_channels,h,w), places (B,out_channels,h,w), (H,W) -> (B,out_channels,H,W).
+
+    `places` are the indices of the max-pooling that is undone, `size` is what it was given."""
     def __init__(self, in_channels:int, out_channels:int, drop:float):
         super().__init__()
         inner = in_channels // 4
         self.main, self.unpool = conv_norm(in_channels, out_channels, 1), nn.MaxUnpool2d(2)
-        self.reduce, self.up = conv_norm(in_channels, inner, 1, relu), nn.ConvTranspose2d(inner, inner, 2, stride=2, bias=False)
-        self.expand = nn.Sequential(nn.BatchNorm2d(inner), relu(), conv_norm(inner, out_channels, 1), nn.Dropout2d(drop))
+        self.reduce = conv_norm(in_channels, inner, 1, relu)
+        self.up = nn.ConvTranspose2d(inner, inner, 2, stride=2, bias=False)
+        self.expand = nn.Sequential(nn.BatchNorm2d(inner), relu(),
+                                    conv_norm(inner, out_channels, 1), nn.Dropout2d(drop))
 
     def forward(self, x:Tensor, places:Tensor, size:tuple[int, int]) -> Tensor:
         main = self.unpool(self.main(x), places, output_size=size)
         return F.relu(main + self.expand(self.up(self.reduce(x), output_size=size)))
 
-# %% ../../nbs/models/04_enet.ipynb #83cb24d2
+# %% ../../nbs/models/04_enet.ipynb #1a382ec0
 def context(channels:int) -> list[ENetBottleneck]:
     "The eight bottlenecks of stages 2 and 3, with growing dilation and two asymmetric filters."
-    kinds = ({}, dict(dilation=2), dict(asymmetric=True), dict(dilation=4), {}, dict(dilation=8), dict(asymmetric=True), dict(dilation=16))
-    return [ENetBottleneck(channels, nn.PReLU, .1, **kind) for kind in kinds]
+    dilated = lambda *dilations: [ENetBottleneck(channels, nn.PReLU, .1, d) for d in dilations]
+    asymmetric = lambda: ENetBottleneck(channels, nn.PReLU, .1, asymmetric=True)
+    return [*dilated(1, 2), asymmetric(), *dilated(4, 1, 8), asymmetric(), *dilated(16)]
 
-# %% ../../nbs/models/04_enet.ipynb #3d4f6297
+# %% ../../nbs/models/04_enet.ipynb #a8d81df6
 class Stage(nn.Module):
-    "A module that changes the resolution, with whatever it takes, and the blocks that follow."
+    "A module that changes the resolution, given whatever it takes, and the blocks that follow."
     def __init__(self, resample:nn.Module, *blocks:nn.Module):
         super().__init__()
         self.resample, self.blocks = resample, nn.Sequential(*blocks)
 
     def forward(self, x:Tensor, *others) -> Tensor: return self.blocks(self.resample(x, *others))
 
-# %% ../../nbs/models/04_enet.ipynb #00a45ef1
+# %% ../../nbs/models/04_enet.ipynb #6c457dff
 class ENet(EncoderDecoder):
-    """ENet: (B,in_channels,H,W) -> logits (B,num_classes,H,W) for any H and W of at least 8. `bottleneck` is stage 3, at the size of `enc3`.
-    Max-unpooling is not deterministic on CUDA: strict deterministic mode refuses to train this network there."""
+    """ENet: (B,in_channels,H,W) -> logits (B,num_classes,H,W), any H and W of at least 8.
+
+    `bottleneck` is stage 3, at the size of `enc3`. Max-unpooling is not deterministic on CUDA:
+    strict deterministic mode refuses to train this network there."""
     levels = 3
-    taps = dict(encoder="enc2", decoder="dec2", head_in="head:in", e1="enc1", e2="enc2", e3="enc3", e4="bottleneck", d3="dec2", d2="dec1")
+    taps = level_taps(3, 2, encoder="enc2", decoder="dec2")
 
     def __init__(self, in_channels:int=1, num_classes:int=2, width:float=1.):
         super().__init__(in_channels, num_classes, width)
         a, b, c = (scaled(n, width) for n in (16, 64, 128))
-        encoder, decoder = (lambda n, p: ENetBottleneck(n, nn.PReLU, p)), (lambda n: ENetBottleneck(n, relu, .1))
         self.enc1 = ENetInitial(in_channels, a)
         self.pool = nn.MaxPool2d(2, return_indices=True)
-        self.enc2 = Stage(ENetDown(a, b, .01), *(encoder(b, .01) for _ in range(4)))
+        self.enc2 = Stage(ENetDown(a, b, .01),
+                          *(ENetBottleneck(b, nn.PReLU, .01) for _ in range(4)))
         self.enc3 = Stage(ENetDown(b, c, .1), *context(c))
         self.bottleneck = nn.Sequential(*context(c))
-        self.dec2 = Stage(ENetUp(c, b, .1), decoder(b), decoder(b))
-        self.dec1 = Stage(ENetUp(b, a, .1), decoder(a))
+        self.dec2 = Stage(ENetUp(c, b, .1), *(ENetBottleneck(b, relu, .1) for _ in range(2)))
+        self.dec1 = Stage(ENetUp(b, a, .1), ENetBottleneck(a, relu, .1))
         self.head = nn.ConvTranspose2d(a, num_classes, 3, stride=2, padding=1, bias=False)
 
     def check(self, x:Tensor):
-        "Raises ValueError unless `x` is (B,in_channels,H,W) with H and W of at least 8."
+        "ValueError unless `x` is (B,in_channels,H,W) with H and W of at least 8."
         super().check(x)
-        if min(x.shape[2:]) < 8: raise ValueError(f"ENet takes sizes of at least 8, but was given {tuple(x.shape[2:])}: pad or resize")
+        size = tuple(x.shape[2:])
+        if min(size) < 8:
+            raise ValueError(f"ENet takes sizes of at least 8, but was given {size}: pad or resize")
 
-    def encode(self, x:Tensor) -> dict[str, Tensor]:
-        "Output of every encoder level, the places of the maxima and an `image` of no channels; `x`: (B,in_channels,H,W)."
+    def encode(self, x:Tensor # (B,in_channels,H,W)
+               ) -> dict[str, Tensor]:
+        "Output of every encoder level, the places of the maxima and an `image` of no channels."
         self.check(x)
         enc1 = self.enc1(x)
         pooled, places2 = self.pool(enc1)
         enc2 = self.enc2(enc1, pooled)
         pooled, places3 = self.pool(enc2)
         enc3 = self.enc3(enc2, pooled)
-        return dict(enc1=enc1, enc2=enc2, enc3=enc3, bottleneck=self.bottleneck(enc3), places2=places2, places3=places3, image=x[:, :0])
+        return dict(enc1=enc1, enc2=enc2, enc3=enc3, bottleneck=self.bottleneck(enc3),
+                    places2=places2, places3=places3, image=x[:, :0])
 
-    def decode(self, features:dict[str, Tensor]) -> Tensor:
-        "Logits (B,K,H,W) from what `encode` gave; values come from `bottleneck`, places and sizes from the rest."
+    def decode(self, features:dict[str, Tensor] # of `encode`
+               ) -> Tensor:
+        "Logits (B,K,H,W): values come from `bottleneck`, places and sizes from the other entries."
         size = {name: value.shape[2:] for name, value in features.items()}
         x = self.dec2(features["bottleneck"], features["places3"], size["enc2"])
         x = self.dec1(x, features["places2"], size["enc1"])

@@ -3,62 +3,76 @@
 # %% auto #0
 __all__ = ['EPS', 'ERFDown', 'factorised', 'NonBottleneck1D', 'erf_up', 'ERFNet']
 
-# %% ../../nbs/models/05_erfnet.ipynb #73427612
+# %% ../../nbs/models/05_erfnet.ipynb #aa084ae1
 from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import EncoderDecoder, conv_norm, relu, same_padding, scaled
+from .base import (EncoderDecoder, conv_norm, level_taps, relu, remaining,
+                               same_padding, scaled)
 
 # %% ../../nbs/models/05_erfnet.ipynb #a295dff7
 EPS = 1e-3  # of every batch normalisation of ERFNet
 
-# %% ../../nbs/models/05_erfnet.ipynb #f66de8ea
+# %% ../../nbs/models/05_erfnet.ipynb #e80c970c
 class ERFDown(nn.Module):
     "Strided convolution beside max-pooling: (B,in_channels,H,W) -> (B,out_channels,H/2,W/2)."
     def __init__(self, in_channels:int, out_channels:int):
         super().__init__()
-        if in_channels >= out_channels: raise ValueError(f"a down-sampling block makes {out_channels} channels of fewer, but was given {in_channels}: use a larger width")
-        self.conv = nn.Conv2d(in_channels, out_channels - in_channels, 3, stride=2, padding=1)
+        filters = remaining(in_channels, out_channels)
+        self.conv = nn.Conv2d(in_channels, filters, 3, stride=2, padding=1)
         self.pool, self.norm = nn.MaxPool2d(2), nn.BatchNorm2d(out_channels, eps=EPS)
 
-    def forward(self, x:Tensor) -> Tensor: return F.relu_(self.norm(torch.cat([self.conv(x), self.pool(x)], 1)))
+    def forward(self, x:Tensor) -> Tensor:
+        return F.relu_(self.norm(torch.cat([self.conv(x), self.pool(x)], 1)))
 
-# %% ../../nbs/models/05_erfnet.ipynb #325f1f5c
-def factorised(channels:int, dilation:int=1) -> nn.Sequential: # (B,C,H,W) -> (B,C,H,W)
+# %% ../../nbs/models/05_erfnet.ipynb #fd4676cd
+def factorised(channels:int, dilation:int=1
+               ) -> nn.Sequential: # (B,channels,H,W) -> (B,channels,H,W)
     "3x1 convolution, ReLU, 1x3 convolution and normalisation."
-    column = nn.Conv2d(channels, channels, (3, 1), padding=same_padding((3, 1), dilation), dilation=dilation)
-    return nn.Sequential(column, relu(), conv_norm(channels, channels, (1, 3), bias=True, dilation=dilation, eps=EPS))
+    padding = same_padding((3, 1), dilation)
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, (3, 1), padding=padding, dilation=dilation), relu(),
+        conv_norm(channels, channels, (1, 3), bias=True, dilation=dilation, eps=EPS))
 
-# %% ../../nbs/models/05_erfnet.ipynb #c110f68f
+# %% ../../nbs/models/05_erfnet.ipynb #f32ab25e
 class NonBottleneck1D(nn.Module):
     "Factorised residual block: (B,C,H,W) -> (B,C,H,W)."
-    def __init__(self, channels:int, drop:float=0., dilation:int=1): # `drop`: probability to drop a channel
+    def __init__(self, channels:int, # C
+                 drop:float=0.,      # probability to drop a channel
+                 dilation:int=1):    # of the second pair
         super().__init__()
-        self.block = nn.Sequential(factorised(channels), relu(), factorised(channels, dilation), nn.Dropout2d(drop))
+        self.block = nn.Sequential(factorised(channels), relu(), factorised(channels, dilation),
+                                   nn.Dropout2d(drop))
 
     def forward(self, x:Tensor) -> Tensor: return F.relu_(x + self.block(x))
 
-# %% ../../nbs/models/05_erfnet.ipynb #ae815b67
-def erf_up(in_channels:int, out_channels:int) -> nn.Sequential: # (B,in_channels,H,W) -> (B,out_channels,2H,2W)
+# %% ../../nbs/models/05_erfnet.ipynb #c298833a
+def erf_up(in_channels:int, out_channels:int
+           ) -> nn.Sequential: # (B,in_channels,H,W) -> (B,out_channels,2H,2W)
     "Transposed 3x3 convolution, normalisation, ReLU and two residual blocks."
-    deconv = nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)
-    return nn.Sequential(deconv, nn.BatchNorm2d(out_channels, eps=EPS), relu(), NonBottleneck1D(out_channels), NonBottleneck1D(out_channels))
+    return nn.Sequential(
+        nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1),
+        nn.BatchNorm2d(out_channels, eps=EPS), relu(),
+        NonBottleneck1D(out_channels), NonBottleneck1D(out_channels))
 
-# %% ../../nbs/models/05_erfnet.ipynb #baae4353
+# %% ../../nbs/models/05_erfnet.ipynb #480599eb
 class ERFNet(EncoderDecoder):
     """ERFNet: (B,in_channels,H,W) -> logits (B,num_classes,H,W), H and W multiples of 8.
+
     The encoder tap is the second down-sampling, before the residual blocks of its level."""
     levels, multiple, skips = 2, 8, False
-    taps = dict(encoder="enc2.down", decoder="dec2", head_in="head:in", e1="enc1", e2="enc2", e3="bottleneck", d3="dec2", d2="dec1")
+    taps = level_taps(2, 2, encoder="enc2.down", decoder="dec2")
 
     def __init__(self, in_channels:int=1, num_classes:int=2, width:float=1.):
         super().__init__(in_channels, num_classes, width)
         a, b, c = (scaled(n, width) for n in (16, 64, 128))
         self.enc1 = ERFDown(in_channels, a)
-        self.enc2 = nn.Sequential(OrderedDict(down=ERFDown(a, b), blocks=nn.Sequential(*(NonBottleneck1D(b, .1) for _ in range(5)))))
-        self.bottleneck = nn.Sequential(ERFDown(b, c), *(NonBottleneck1D(c, .1, dilation) for dilation in (2, 4, 8, 16) * 2))
+        blocks = nn.Sequential(*(NonBottleneck1D(b, .1) for _ in range(5)))
+        self.enc2 = nn.Sequential(OrderedDict(down=ERFDown(a, b), blocks=blocks))
+        dilated = (NonBottleneck1D(c, .1, dilation) for dilation in (2, 4, 8, 16) * 2)
+        self.bottleneck = nn.Sequential(ERFDown(b, c), *dilated)
         self.dec2, self.dec1 = erf_up(c, b), erf_up(b, a)
         self.head = nn.ConvTranspose2d(a, num_classes, 2, stride=2)

@@ -3,17 +3,19 @@
 # %% auto #0
 __all__ = ['SKConv', 'SKBlock', 'sk_level', 'PooledAttention', 'FANetDecoder', 'FANet']
 
-# %% ../../nbs/models/01_fanet.ipynb #7b8c24c5
+# %% ../../nbs/models/01_fanet.ipynb #6a4bb70e
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import resize
-from .base import EncoderDecoder, conv_norm, relu, scaled
+from .base import EncoderDecoder, conv_norm, level_taps, relu, scaled
 
-# %% ../../nbs/models/01_fanet.ipynb #b2726f99
+# %% ../../nbs/models/01_fanet.ipynb #33d6d66c
 class SKConv(nn.Module):
-    "Selective-kernel convolution: (B,C,H,W) -> (B,C,H,W). Training needs two samples or more: the gate is normalised on a 1x1 map."
+    """Selective-kernel convolution: (B,C,H,W) -> (B,C,H,W).
+
+    Training needs at least two samples: the gate is normalised on a 1x1 map."""
     def __init__(self, channels:int): # C, even
         super().__init__()
         half = channels // 2
@@ -28,10 +30,11 @@ class SKConv(nn.Module):
         z = self.squeeze(self.pool(wide + narrow))
         return torch.lerp(narrow, wide, torch.sigmoid(self.gate5(z) - self.gate3(z)))
 
-# %% ../../nbs/models/01_fanet.ipynb #d4ead921
+# %% ../../nbs/models/01_fanet.ipynb #17a5415f
 class SKBlock(nn.Module):
     "Residual selective-kernel block: (B,in_channels,H,W) -> (B,out_channels,H,W)."
-    def __init__(self, in_channels:int, out_channels:int, project:bool): # `project`: a 1x1 convolution on the shortcut
+    def __init__(self, in_channels:int, out_channels:int,
+                 project:bool): # a convolution on the shortcut, else the input itself
         super().__init__()
         self.reduce = conv_norm(in_channels, out_channels, 1, relu)
         self.sk = nn.Sequential(SKConv(out_channels), nn.BatchNorm2d(out_channels), relu())
@@ -41,42 +44,51 @@ class SKBlock(nn.Module):
     def forward(self, x:Tensor) -> Tensor:
         return F.relu_(self.expand(self.sk(self.reduce(x))) + self.shortcut(x))
 
-# %% ../../nbs/models/01_fanet.ipynb #bd86a9b0
-def sk_level(in_channels:int, out_channels:int) -> nn.Sequential: # (B,in_channels,H,W) -> (B,out_channels,H,W)
+# %% ../../nbs/models/01_fanet.ipynb #f8fd8b20
+def sk_level(in_channels:int, out_channels:int
+             ) -> nn.Sequential: # (B,in_channels,H,W) -> (B,out_channels,H,W)
     "Two residual selective-kernel blocks, the first with a projected shortcut."
-    return nn.Sequential(SKBlock(in_channels, out_channels, project=True), SKBlock(out_channels, out_channels, project=False))
+    return nn.Sequential(SKBlock(in_channels, out_channels, project=True),
+                         SKBlock(out_channels, out_channels, project=False))
 
-# %% ../../nbs/models/01_fanet.ipynb #9342bf98
+# %% ../../nbs/models/01_fanet.ipynb #cfb06fe1
 class PooledAttention(nn.Module):
-    "Square- and strip-pooled attention: (B,C,H,W) -> (B,C,H,W). `gated` selects the form that concatenates and multiplies."
-    def __init__(self, channels:int, pools:tuple[int, int], gated:bool=False): # sides p and q of the square pools
+    "Square- and strip-pooled attention: (B,C,H,W) -> (B,C,H,W)."
+    def __init__(self, channels:int,
+                 pools:tuple[int, int], # sides p and q of the square pools
+                 gated:bool=False):     # concatenate and multiply, instead of adding
         super().__init__()
-        small, joint = (channels // 2, 2 * channels) if gated else (channels, channels)
-        self.gated, self.grid = gated, (pools[1], pools[1]) if pools[1] % pools[0] == 0 else None
-        self.square_in, self.strip_in = conv_norm(channels, channels, 1, relu), conv_norm(channels, channels, 1, relu)
-        self.full = conv_norm(channels, channels)
-        self.squares = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(p), conv_norm(channels, small)) for p in pools)
-        self.row = nn.Sequential(nn.AdaptiveAvgPool2d((1, None)), conv_norm(channels, channels, (1, 3)))
-        self.column = nn.Sequential(nn.AdaptiveAvgPool2d((None, 1)), conv_norm(channels, channels, (3, 1)))
-        self.square_out, self.strip_out = conv_norm(joint, channels, 3, relu), conv_norm(channels, channels, 3, relu)
-        self.join = conv_norm(2 * channels, channels, 1)
+        c, small, joint = channels, *((channels // 2, 2 * channels) if gated else [channels] * 2)
+        self.gated, self.grid = gated, pools[1:] * 2 if pools[1] % pools[0] == 0 else None
+        self.square_in, self.strip_in = conv_norm(c, c, 1, relu), conv_norm(c, c, 1, relu)
+        self.full = conv_norm(c, c)
+        self.squares = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(p), conv_norm(c, small)) for p in pools)
+        self.row = nn.Sequential(nn.AdaptiveAvgPool2d((1, None)), conv_norm(c, c, (1, 3)))
+        self.column = nn.Sequential(nn.AdaptiveAvgPool2d((None, 1)), conv_norm(c, c, (3, 1)))
+        self.square_out, self.strip_out = conv_norm(joint, c, 3, relu), conv_norm(c, c, 3, relu)
+        self.join = conv_norm(2 * c, c, 1)
 
-    def squares_of(self, x:Tensor) -> Tensor:
-        "ReLU of the full and both pooled views of `x`: (B,C,H,W), or (B,2C,H,W) when gated."
-        u = self.square_in(x)
-        first, second = (resize(square(u), self.grid or x.shape[2:]) for square in self.squares)
-        pooled = resize(torch.cat([first, second], 1) if self.gated else first + second, x.shape[2:])
-        return F.relu_(torch.cat([self.full(u), pooled], 1) if self.gated else self.full(u) + pooled)
+    def views(self, u:Tensor) -> Tensor:
+        "ReLU of the full and both pooled views of `u`: (B,C,H,W), or (B,2C,H,W) when gated."
+        size = u.shape[2:]
+        b, c = (resize(square(u), self.grid or size) for square in self.squares)
+        if not self.gated: return F.relu_(self.full(u) + resize(b + c, size))
+        return F.relu_(torch.cat([self.full(u), resize(torch.cat([b, c], 1), size)], 1))
 
     def forward(self, x:Tensor) -> Tensor:
-        v = self.strip_in(x)
-        square, strip = self.square_out(self.squares_of(x)), self.strip_out(F.relu_(self.row(v) + self.column(v)))
+        square, v = self.square_out(self.views(self.square_in(x))), self.strip_in(x)
+        strip = self.strip_out(F.relu_(self.row(v) + self.column(v)))
         return F.relu_(x + self.join(torch.cat([square, strip * x if self.gated else strip], 1)))
 
-# %% ../../nbs/models/01_fanet.ipynb #237c95be
+# %% ../../nbs/models/01_fanet.ipynb #4802a0a8
 class FANetDecoder(nn.Module):
-    "Transposed convolution, `[up, skip]`, level, attention: (B,2C,H,W), (B,C,2H,2W) -> (B,C,2H,2W)."
-    def __init__(self, in_channels:int, channels:int, pools:tuple[int, int], gated:bool=False): # channels below and here
+    """Transposed convolution, `[up, skip]`, two blocks, attention.
+
+    (B,C',H,W) and the skip (B,C,2H,2W) -> (B,C,2H,2W)."""
+    def __init__(self, in_channels:int, # C', of the level below
+                 channels:int,          # C
+                 pools:tuple[int, int], gated:bool=False): # of `PooledAttention`
         super().__init__()
         self.up = nn.ConvTranspose2d(in_channels, channels, 2, stride=2)
         self.block = sk_level(2 * channels, channels)
@@ -85,13 +97,14 @@ class FANetDecoder(nn.Module):
     def forward(self, x:Tensor, skip:Tensor) -> Tensor:
         return self.attention(self.block(torch.cat([self.up(x), skip], 1)))
 
-# %% ../../nbs/models/01_fanet.ipynb #651cea19
+# %% ../../nbs/models/01_fanet.ipynb #d65a036f
 class FANet(EncoderDecoder):
-    """FANet: (B,in_channels,H,W) -> logits (B,num_classes,H,W), H and W multiples of 8. Batches of one sample cannot be trained on (`SKConv`).
-    Deep tap: the transposed convolution of `dec3`, before the skip. Convolutions are initialised Xavier-uniform."""
+    """FANet: (B,in_channels,H,W) -> logits (B,num_classes,H,W), H and W multiples of 8.
+
+    The decoder tap is the transposed convolution of `dec3`, before the skip. Convolutions start
+    Xavier-uniform. A batch of one sample cannot be trained on (`SKConv`)."""
     levels, multiple = 3, 8
-    taps = dict(encoder="enc3", decoder="dec3.up", head_in="head:in", e1="enc1", e2="enc2", e3="enc3", e4="bottleneck",
-                d4="dec3", d3="dec2", d2="dec1")
+    taps = level_taps(3, 3, encoder="enc3", decoder="dec3.up")
 
     def __init__(self, in_channels:int=1, num_classes:int=2, width:float=1.):
         super().__init__(in_channels, num_classes, width)

@@ -3,28 +3,34 @@
 # %% auto #0
 __all__ = ['relu6', 'InvertedResidual', 'inverted_residuals', 'MobileDecoder', 'mobile_head', 'init_mobile', 'MobileUNet']
 
-# %% ../../nbs/models/02_mobile_unet.ipynb #4e9df048
+# %% ../../nbs/models/02_mobile_unet.ipynb #e90f94a1
+import math
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .base import EncoderDecoder, conv_norm, scaled
+from .base import EncoderDecoder, conv_norm, level_taps, scaled
 
 # %% ../../nbs/models/02_mobile_unet.ipynb #02a36bf7
 relu6 = partial(nn.ReLU6, inplace=True)
 
-# %% ../../nbs/models/02_mobile_unet.ipynb #3c53a921
+# %% ../../nbs/models/02_mobile_unet.ipynb #a01d2dc4
 class InvertedResidual(nn.Module):
-    "Inverted residual: (B,in_channels,H,W) -> (B,out_channels,H/stride,W/stride); the input is added iff the shape stays."
-    def __init__(self, in_channels:int, out_channels:int, stride:int=1, expansion:int=6): # `expansion`: t; 1 leaves the first convolution out
+    """Inverted residual: (B,in_channels,H,W) -> (B,out_channels,H/stride,W/stride).
+
+    The input is added iff the shape stays."""
+    def __init__(self, in_channels:int, out_channels:int, stride:int=1,
+                 expansion:int=6): # t; 1 leaves the first convolution out
         super().__init__()
         hidden = expansion * in_channels
         expand = [] if expansion == 1 else [conv_norm(in_channels, hidden, 1, relu6)]
         self.residual = stride == 1 and in_channels == out_channels
-        self.block = nn.Sequential(*expand, conv_norm(hidden, hidden, 3, relu6, stride=stride, groups=hidden), conv_norm(hidden, out_channels, 1))
+        depthwise = conv_norm(hidden, hidden, 3, relu6, stride=stride, groups=hidden)
+        self.block = nn.Sequential(*expand, depthwise, conv_norm(hidden, out_channels, 1))
 
-    def forward(self, x:Tensor) -> Tensor: return x + self.block(x) if self.residual else self.block(x)
+    def forward(self, x:Tensor) -> Tensor:
+        return x + self.block(x) if self.residual else self.block(x)
 
 # %% ../../nbs/models/02_mobile_unet.ipynb #fccff7e6
 def inverted_residuals(
@@ -37,15 +43,19 @@ def inverted_residuals(
     first = InvertedResidual(in_channels, out_channels, stride)
     return [first, *(InvertedResidual(out_channels, out_channels) for _ in range(repeats - 1))]
 
-# %% ../../nbs/models/02_mobile_unet.ipynb #9ec08c67
+# %% ../../nbs/models/02_mobile_unet.ipynb #fb2783a8
 class MobileDecoder(nn.Module):
-    "Transposed convolution, `[skip, up]`, inverted residual: (B,in_channels,H,W), (B,C,2H,2W) -> (B,C,2H,2W)."
-    def __init__(self, in_channels:int, channels:int):
+    """Transposed convolution, `[skip, up]`, inverted residual.
+
+    (B,C',H,W) and the skip (B,C,2H,2W) -> (B,C,2H,2W)."""
+    def __init__(self, in_channels:int, # C', of the level below
+                 channels:int):         # C
         super().__init__()
         self.up = nn.ConvTranspose2d(in_channels, channels, 4, stride=2, padding=1)
         self.block = InvertedResidual(2 * channels, channels)
 
-    def forward(self, x:Tensor, skip:Tensor) -> Tensor: return self.block(torch.cat([skip, self.up(x)], 1))
+    def forward(self, x:Tensor, skip:Tensor) -> Tensor:
+        return self.block(torch.cat([skip, self.up(x)], 1))
 
 # %% ../../nbs/models/02_mobile_unet.ipynb #f291ddae
 def mobile_head(
@@ -58,30 +68,33 @@ def mobile_head(
     return nn.Sequential(*inner, nn.Conv2d(3 if squeeze else channels, num_classes, 1),
                          nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
 
-# %% ../../nbs/models/02_mobile_unet.ipynb #713a66c6
+# %% ../../nbs/models/02_mobile_unet.ipynb #26d3fbb7
 def init_mobile(module:nn.Module): # of any kind
-    "Initialises a convolution of kernel k and C outputs from N(0, 2/(k k C)), its bias with 0; leaves other modules as they are."
+    "Draws a convolution of kernel k x k and C outputs from N(0, 2/(k k C)), with bias 0."
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(module.weight, std=(2 / (module.kernel_size[0] * module.kernel_size[1] * module.out_channels)) ** .5)
+        outputs = math.prod(module.kernel_size) * module.out_channels
+        nn.init.normal_(module.weight, std=math.sqrt(2 / outputs))
         if module.bias is not None: nn.init.zeros_(module.bias)
 
-# %% ../../nbs/models/02_mobile_unet.ipynb #5423a941
+# %% ../../nbs/models/02_mobile_unet.ipynb #3e1e9cc0
 class MobileUNet(EncoderDecoder):
     "Mobile U-Net: (B,in_channels,H,W) -> logits (B,num_classes,H,W), H and W multiples of 32."
     levels, multiple = 4, 32
-    taps = dict(encoder="enc2", decoder="dec2", head_in="head:in", e1="enc1", e2="enc2", e3="enc3", e4="enc4", e5="bottleneck",
-                d5="dec4", d4="dec3", d3="dec2", d2="dec1")
+    taps = level_taps(4, 4, encoder="enc2", decoder="dec2")
 
     def __init__(self, in_channels:int=1, num_classes:int=2, width:float=1.,
-        squeeze:bool|None=None, # three channels before the classes; None: up to three classes
-    ):
+                 squeeze:bool|None=None): # `mobile_head` through three channels; None: if K <= 3
         super().__init__(in_channels, num_classes, width)
-        stem, a, b, c, d, e, f, g, h = (scaled(n, width) for n in (32, 16, 24, 32, 64, 96, 160, 320, 1280))
-        self.enc1 = nn.Sequential(conv_norm(in_channels, stem, 3, relu6, stride=2), InvertedResidual(stem, a, expansion=1))
+        stem, a, b, c, d, e = (scaled(n, width) for n in (32, 16, 24, 32, 64, 96))
+        f, g, h = (scaled(n, width) for n in (160, 320, 1280))
+        self.enc1 = nn.Sequential(conv_norm(in_channels, stem, 3, relu6, stride=2),
+                                  InvertedResidual(stem, a, expansion=1))
         self.enc2 = nn.Sequential(*inverted_residuals(a, b, 2, stride=2))
         self.enc3 = nn.Sequential(*inverted_residuals(b, c, 3, stride=2))
-        self.enc4 = nn.Sequential(*inverted_residuals(c, d, 4, stride=2), *inverted_residuals(d, e, 3))
-        self.bottleneck = nn.Sequential(*inverted_residuals(e, f, 3, stride=2), InvertedResidual(f, g), conv_norm(g, h, 1, relu6))
+        self.enc4 = nn.Sequential(*inverted_residuals(c, d, 4, stride=2),
+                                  *inverted_residuals(d, e, 3))
+        self.bottleneck = nn.Sequential(*inverted_residuals(e, f, 3, stride=2),
+                                        InvertedResidual(f, g), conv_norm(g, h, 1, relu6))
         self.dec4, self.dec3 = MobileDecoder(h, e), MobileDecoder(e, c)
         self.dec2, self.dec1 = MobileDecoder(c, b), MobileDecoder(b, a)
         self.head = mobile_head(a, num_classes, num_classes <= 3 if squeeze is None else squeeze)

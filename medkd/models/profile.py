@@ -20,73 +20,92 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core import evaluating
 
-# %% ../../nbs/models/91_profile.ipynb #7dd776d7
-def on_meta(net:nn.Module, shape:Sequence[int]) -> tuple[nn.Module, Tensor]: # (B,C,*S)
-    "A copy of `net` in eval mode and an input of `shape`, both without data; forward hooks are not copied."
+# %% ../../nbs/models/91_profile.ipynb #0c057d96
+def on_meta(net:nn.Module,
+            shape:Sequence[int] # of the input: (B,C,*S)
+            ) -> tuple[nn.Module, Tensor]:
+    "A copy of `net` in eval mode, without its forward hooks, and an input; both without data."
     tensors = [*net.parameters(), *net.buffers()]
     twin = copy.deepcopy(net, {id(t): t.detach().to("meta") for t in tensors}).eval()
     for module in twin.modules(): module._forward_hooks.clear()
     dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
     return twin, torch.empty(tuple(shape), dtype=dtype, device="meta")
 
-# %% ../../nbs/models/91_profile.ipynb #f0af0efe
-def thop_conv(module:nn.Module, x:Tensor, y:Tensor) -> int: # a (transposed) convolution, its input and output
-    "Operations of a convolution, transposed or not, by the rules of `thop`."
-    return y.numel() * (module.in_channels // module.groups * math.prod(module.kernel_size) + (module.bias is not None))
+# %% ../../nbs/models/91_profile.ipynb #2c6d4d3f
+def thop_conv(module:nn.Module, # convolution, transposed or not
+              x:Tensor,         # its input
+              y:Tensor          # its output
+              ) -> int:
+    "Operations of a convolution by the rules of `thop`."
+    taps = module.in_channels // module.groups * math.prod(module.kernel_size)
+    return y.numel() * (taps + (module.bias is not None))
 
-# %% ../../nbs/models/91_profile.ipynb #9a1cc570
-def thop_pool(module:nn.Module, x:Tensor, y:Tensor) -> int: # adaptive average pooling, its input and output
+# %% ../../nbs/models/91_profile.ipynb #dce6a896
+def thop_pool(module:nn.Module, # adaptive average pooling
+              x:Tensor,         # its input
+              y:Tensor          # its output
+              ) -> int:
     "Operations of an adaptive average pooling by the rules of `thop`."
     return y.numel() * (math.prod(s // t for s, t in zip(x.shape[2:], y.shape[2:])) + 1)
 
-# %% ../../nbs/models/91_profile.ipynb #94a25d76
-THOP_NORM = dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), lambda module, x, y: 2 * y.numel())
+# %% ../../nbs/models/91_profile.ipynb #701a5914
+THOP_NORM = dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+                          lambda module, x, y: 2 * y.numel())
 THOP = {
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), thop_conv),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), thop_conv),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), thop_conv),
     **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), thop_pool),
     nn.Linear: lambda module, x, y: y.numel() * module.in_features,
     nn.PReLU: lambda module, x, y: 0,
 }
 
-# %% ../../nbs/models/91_profile.ipynb #d3803511
+# %% ../../nbs/models/91_profile.ipynb #9afbae70
 def thop_layers(
-    net:nn.Module, # without hooks; the hooks set here stay
-    x:Tensor, # (B,C,*S)
-    norm:bool, # count batch normalisation
+    net:nn.Module,
+    x:Tensor,  # (B,C,*S)
+    norm:bool, # whether batch normalisation counts
 ) -> dict[nn.Module, int]:
-    "Operations of every layer that ran, by the rules of `thop`."
+    "Operations of every layer that ran, by the rules of `thop`; other layers are left out."
     layers, rules = {}, THOP | THOP_NORM if norm else THOP
-    def add(module, inputs, output): layers[module] = layers.get(module, 0) + rules[type(module)](module, inputs[0], output)
-    for module in net.modules():
-        if type(module) in rules: module.register_forward_hook(add)
-    with torch.no_grad(): net(x)
+    def add(module, inputs, output):
+        layers[module] = layers.get(module, 0) + rules[type(module)](module, inputs[0], output)
+    known = [module for module in net.modules() if type(module) in rules]
+    handles = [module.register_forward_hook(add) for module in known]
+    try:
+        with torch.no_grad(): net(x)
+    finally:
+        for handle in handles: handle.remove()
     return layers
 
-# %% ../../nbs/models/91_profile.ipynb #1143770d
+# %% ../../nbs/models/91_profile.ipynb #2a306ad7
 def count(
-    net:nn.Module,
-    shape:Sequence[int], # of the input, batch included: (B,C,*S)
+    net:nn.Module,         # on any device; left as it is
+    shape:Sequence[int],   # of the input, batch included: (B,C,*S)
     convention:str="macs", # "macs" or "thop"
-    norm:bool=True, # whether "thop" counts batch normalisation
-) -> tuple[int, int]: # (parameters, operations)
-    """Parameters and operations of one forward pass in eval mode; `net` stays untouched and may lie on any device.
-    "macs": all parameters; true multiply-accumulates of convolutions, transposed convolutions and matrix products.
-    "thop": parameters of the layers that ran and operations by the rules of `thop`, for comparison with published tables."""
-    if convention not in ("macs", "thop"): raise ValueError(f'convention is {convention!r}, but must be "macs" or "thop"')
+    norm:bool=True,        # whether "thop" counts batch normalisation
+) -> tuple[int, int]:      # (parameters, operations)
+    """Parameters and operations of one forward pass in eval mode.
+
+    "macs": all parameters; true multiply-accumulates of (transposed) convolutions and matrix
+    products. "thop": parameters of the layers that ran, and operations, by the rules of `thop`."""
+    if convention not in ("macs", "thop"):
+        raise ValueError(f'convention is {convention!r}, but must be "macs" or "thop"')
     twin, x = on_meta(net, shape)
     if convention == "thop":
         layers = thop_layers(twin, x, norm)
-        return sum(p.numel() for layer in layers for p in layer._parameters.values() if p is not None), sum(layers.values())
+        params = sum(p.numel() for p in nn.ModuleList(layers).parameters())
+        return params, sum(layers.values())
     with FlopCounterMode(display=False) as counter, torch.no_grad(): twin(x)
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops() // 2
 
-# %% ../../nbs/models/91_profile.ipynb #4dbf7e7a
+# %% ../../nbs/models/91_profile.ipynb #60d4d1e6
 def latency(
-    net:nn.Module, # on the CPU
+    net:nn.Module,       # on the CPU
     shape:Sequence[int], # of the input, batch included: (B,C,*S)
     repeats:int=5,
-) -> float: # seconds
-    "Median time of `repeats` forward passes on the CPU with torch's current number of threads: eval mode, no gradients, after two passes to warm up."
+) -> float:              # seconds
+    """Median time of a forward pass on the CPU with torch's current number of threads: eval mode,
+    no gradients, after two passes to warm up."""
     x, seconds = torch.ones(tuple(shape)), []
     with evaluating(net), torch.no_grad():
         for _ in range(repeats + 2):
@@ -95,9 +114,9 @@ def latency(
             seconds.append(time.perf_counter() - start)
     return median(seconds[2:])
 
-# %% ../../nbs/models/91_profile.ipynb #a2ad3bbd
+# %% ../../nbs/models/91_profile.ipynb #c69a6aa4
 class LiveBytes(TorchDispatchMode):
-    "Inside, `peak` is the most bytes alive at once in the storages of tensors made inside and of those given."
+    "`peak`: the most bytes alive at once in tensors made inside and in those given."
     def __init__(self, tensors:Sequence[Tensor]=()): # alive from the start
         super().__init__()
         self.live = self.peak = 0
@@ -120,13 +139,14 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, Tensor): self._add(leaf)
         return result
 
-# %% ../../nbs/models/91_profile.ipynb #e70d879b
+# %% ../../nbs/models/91_profile.ipynb #f82f94bf
 def peak_memory(
-    net:nn.Module,
+    net:nn.Module,       # on any device; left as it is
     shape:Sequence[int], # of the input, batch included: (B,C,*S)
-) -> int: # bytes
-    """Most bytes of tensors alive at once in one forward pass in eval mode without gradients: parameters, buffers, input and activations.
-    Computed from shapes, so it is exact for every device; the private scratch space of the kernels comes on top."""
+) -> int:                # bytes
+    """Most bytes of tensors alive at once in a forward pass in eval mode without gradients:
+    parameters, buffers, input and activations. Computed from shapes, so it does not depend on the
+    machine; the private scratch space of the kernels comes on top."""
     twin, x = on_meta(net, shape)
     with torch.no_grad(), LiveBytes([*twin.parameters(), *twin.buffers(), x]) as memory: twin(x)
     return memory.peak

@@ -3,28 +3,32 @@
 # %% auto #0
 __all__ = ['double_conv', 'UNetDecoder', 'init_kaiming', 'UNet', 'UNetNoSkip']
 
-# %% ../../nbs/models/03_unet.ipynb #6886f203
+# %% ../../nbs/models/03_unet.ipynb #37bc13ea
 import torch
 from torch import Tensor, nn
 
-from .base import EncoderDecoder, conv_norm, relu, scaled
+from .base import EncoderDecoder, conv_norm, level_taps, relu, scaled
 
-# %% ../../nbs/models/03_unet.ipynb #77fba1f0
-def double_conv(in_channels:int, out_channels:int) -> nn.Sequential: # (B,in_channels,H,W) -> (B,out_channels,H,W)
+# %% ../../nbs/models/03_unet.ipynb #a1f92945
+def double_conv(in_channels:int, out_channels:int
+                ) -> nn.Sequential: # (B,in_channels,H,W) -> (B,out_channels,H,W)
     "Two 3x3 convolutions with bias, each normalised and rectified."
-    return nn.Sequential(conv_norm(in_channels, out_channels, 3, relu, bias=True), conv_norm(out_channels, out_channels, 3, relu, bias=True))
+    return nn.Sequential(conv_norm(in_channels, out_channels, 3, relu, bias=True),
+                         conv_norm(out_channels, out_channels, 3, relu, bias=True))
 
-# %% ../../nbs/models/03_unet.ipynb #2e45cd85
+# %% ../../nbs/models/03_unet.ipynb #221509a2
 class UNetDecoder(nn.Module):
-    "Up-sampling by 2, convolution, `[skip, up]`, two convolutions: (B,in_channels,H,W), (B,C,2H,2W) or nothing -> (B,C,2H,2W)."
+    """Up-sampling, convolution, `[skip, up]`, two convolutions.
+
+    (B,C',H,W) and the skip (B,C,2H,2W), if there is one, -> (B,C,2H,2W)."""
     def __init__(self,
-        in_channels:int, # below
-        channels:int, # C
-        up:str, # "bilinear" (corners not aligned) or "nearest"
-        skip:bool, # whether a skip connection comes in
-    ):
+                 in_channels:int, # C', of the level below
+                 channels:int,    # C
+                 up:str,          # "bilinear" (corners not aligned) or "nearest"
+                 skip:bool):      # whether a skip connection comes in
         super().__init__()
-        resize = nn.Upsample(scale_factor=2, mode=up, align_corners=False if up == "bilinear" else None)
+        corners = False if up == "bilinear" else None
+        resize = nn.Upsample(scale_factor=2, mode=up, align_corners=corners)
         self.up = nn.Sequential(resize, conv_norm(in_channels, channels, 3, relu, bias=True))
         self.block = double_conv(2 * channels if skip else channels, channels)
 
@@ -32,27 +36,27 @@ class UNetDecoder(nn.Module):
         up = self.up(x)
         return self.block(up if skip is None else torch.cat([skip, up], 1))
 
-# %% ../../nbs/models/03_unet.ipynb #d4ef04ca
+# %% ../../nbs/models/03_unet.ipynb #a553998c
 def init_kaiming(module:nn.Module): # of any kind
-    "Initialises a convolution or a batch normalisation as SIKD does; leaves other modules as they are."
+    "Draws a convolution or a batch normalisation as SIKD does, with bias 0."
     if isinstance(module, nn.Conv2d): nn.init.kaiming_normal_(module.weight)
     if isinstance(module, nn.BatchNorm2d): nn.init.normal_(module.weight, 1., .02)
     if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)): nn.init.zeros_(module.bias)
 
-# %% ../../nbs/models/03_unet.ipynb #95a5be96
+# %% ../../nbs/models/03_unet.ipynb #7514d5b7
 class UNet(EncoderDecoder):
     "U-Net: (B,in_channels,H,W) -> logits (B,num_classes,H,W), H and W multiples of 16."
     levels, multiple = 4, 16
-    taps = dict(encoder="enc3", decoder="dec3", head_in="head:in", e1="enc1", e2="enc2", e3="enc3", e4="enc4", e5="bottleneck",
-                d5="dec4", d4="dec3", d3="dec2", d2="dec1")
+    taps = level_taps(4, 4, encoder="enc3", decoder="dec3")
 
     def __init__(self, in_channels:int=1, num_classes:int=2, width:float=1.,
-        up:str="bilinear", # how the decoder up-samples: "bilinear" or "nearest"
-        init:str="torch", # PyTorch's own initialisation, or "kaiming": SIKD's
-    ):
+                 up:str="bilinear", # how the decoder up-samples: "bilinear" or "nearest"
+                 init:str="torch"): # PyTorch's own initialisation, or "kaiming": SIKD's
         super().__init__(in_channels, num_classes, width)
-        if up not in ("bilinear", "nearest"): raise ValueError(f'up is {up!r}, but must be "bilinear" or "nearest"')
-        if init not in ("torch", "kaiming"): raise ValueError(f'init is {init!r}, but must be "torch" or "kaiming"')
+        for option, value, known in (("up", up, ("bilinear", "nearest")),
+                                     ("init", init, ("torch", "kaiming"))):
+            if value not in known:
+                raise ValueError(f"{option} is {value!r}, but must be one of {known}")
         c = [scaled(n, width) for n in (64, 128, 256, 512, 1024)]
         self.enc1 = double_conv(in_channels, c[0])
         for i, name in enumerate(("enc2", "enc3", "enc4", "bottleneck")):

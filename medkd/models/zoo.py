@@ -16,27 +16,32 @@ from .fanet import FANet
 from .mobile_unet import MobileUNet
 from .unet import UNet, UNetNoSkip
 
-# %% ../../nbs/models/90_zoo.ipynb #f0d18aa9
+# %% ../../nbs/models/90_zoo.ipynb #6cd6c237
 MODELS: dict[str, Callable[..., nn.Module]] = dict(
-    fanet=FANet, mobile_unet=MobileUNet, enet=ENet, erfnet=ERFNet, unet=UNet, unet_noskip=UNetNoSkip)
+    fanet=FANet, mobile_unet=MobileUNet, enet=ENet, erfnet=ERFNet, unet=UNet,
+    unet_noskip=UNetNoSkip,
+)
 
-# %% ../../nbs/models/90_zoo.ipynb #6eaa188f
-def model_options(name:str) -> tuple[str, ...]: # of `build(name, ...)`
+# %% ../../nbs/models/90_zoo.ipynb #ca39ac15
+def model_options(name:str # a key of `MODELS`
+                  ) -> tuple[str, ...]:
     "Names of the options a network takes beside channels, classes and width."
-    return tuple(p for p in inspect.signature(MODELS[name]).parameters if p not in ("in_channels", "num_classes", "width"))
+    shared = ("in_channels", "num_classes", "width")
+    return tuple(p for p in inspect.signature(MODELS[name]).parameters if p not in shared)
 
-# %% ../../nbs/models/90_zoo.ipynb #7e12b881
+# %% ../../nbs/models/90_zoo.ipynb #00fa6e02
 def build(
-    name:str, # a key of `MODELS`
+    name:str,          # a key of `MODELS`
     in_channels:int=1, # of the image
     num_classes:int=2, # K, background included
-    width:float=1., # 1.0 is the published network; else inner channels are scaled and rounded to multiples of 8
-    **options, # of this network only: `model_options(name)`
-) -> nn.Module: # (B,in_channels,*S) -> logits (B,K,*S)
-    "The network `name`. Raises KeyError for an unknown name, TypeError for an unknown option, ValueError for numbers that cannot be."
+    width:float=1.,    # 1.0 is the published network, else its inner channels are `scaled`
+    **options,         # of this network only: `model_options(name)`
+) -> nn.Module:        # (B,in_channels,*S) -> logits (B,K,*S)
+    """The network `name`, freshly initialised. Unknown name: KeyError; unknown option: TypeError;
+    numbers that cannot be: ValueError."""
     if name not in MODELS: raise unknown("network", name, MODELS)
     known = model_options(name)
     if wrong := [option for option in options if option not in known]:
-        takes = f"takes {', '.join(known)}" if known else "takes none"
-        raise TypeError(f"{name} has no option {', '.join(map(repr, wrong))}: beside in_channels, num_classes and width it {takes}")
+        raise TypeError(f"{name} has no option {', '.join(map(repr, wrong))}: beside in_channels, "
+                        f"num_classes and width it takes {', '.join(known) or 'none'}")
     return MODELS[name](in_channels, num_classes, width, **options)
