@@ -237,7 +237,7 @@ class CaseScores:
         import pandas
         return pandas.DataFrame(self.rows)
 
-# %% ../nbs/01_metrics.ipynb #58487e9c
+# %% ../nbs/01_metrics.ipynb #f476871b
 @patch
 def add(self:CaseScores,
     case:str, # a name of its own
@@ -256,17 +256,20 @@ def add(self:CaseScores,
     mask = None if mask is None else as_mask(mask, "mask")
     pred, label = _inside(pred, mask, "pred"), _inside(label, mask, "label")
     outside = 0 if mask is None else int(mask.size - mask.sum())
-    unit = "px" if spacing is None else "mm"
+    unit, rows = "px" if spacing is None else "mm", []
     per_class = _class_counts(pred, label, outside, len(self.classes))
+    small = torch.uint8 if len(self.classes) <= 256 else torch.int64
+    pred, label = pred.to(small).numpy(), label.to(small).numpy()
     for k, counts in enumerate(per_class, start=1):
         found = counts.scores()
         if set(self.metrics) & set(SURFACE):
             found |= surface_scores(pred == k, label == k, spacing, self.tolerance, self.empty)
         if "auc" in self.metrics:
             found["auc"] = auc(score, label, mask)
-        self.rows.append({"case": case, "class": self.classes[k], "unit": unit,
-                          "presence": _presence(counts),
-                          **{m: found[m] for m in self.metrics}, **counts._asdict()})
+        rows.append({"case": case, "class": self.classes[k], "unit": unit,
+                     "presence": _presence(counts),
+                     **{m: found[m] for m in self.metrics}, **counts._asdict()})
+    self.rows += rows
 
 # %% ../nbs/01_metrics.ipynb #9685d199
 @patch

@@ -85,7 +85,7 @@ def bootstrap_ci(
     low, high = np.quantile(means, _bca_levels(means, sums, counts, level))
     return mean, float(low), float(high)
 
-# %% ../nbs/02_stats.ipynb #d9dc977e
+# %% ../nbs/02_stats.ipynb #fad36a57
 def _sign_flip_p(
     sums:np.ndarray, # (G,) sums of the differences of each group
     seed:int,
@@ -98,7 +98,7 @@ def _sign_flip_p(
     else:
         signs = np.random.default_rng(seed).choice([1, -1], size=(draws, len(sums)))
     observed, slack = abs(sums.sum()), 1e-9 * np.abs(sums).sum()
-    extreme = np.count_nonzero(np.abs(signs @ sums) >= observed - slack)
+    extreme = int(np.count_nonzero(np.abs(signs @ sums) >= observed - slack))
     return extreme / len(signs) if exact else (extreme + 1) / (len(signs) + 1)
 
 # %% ../nbs/02_stats.ipynb #570fbdef

@@ -13,14 +13,15 @@ from itertools import groupby, product
 import numpy as np
 from torch import Tensor
 
-# %% ../nbs/01_surface.ipynb #c8feef5b
+# %% ../nbs/01_surface.ipynb #a23edd8e
 def as_mask(mask:Tensor|np.ndarray, name:str) -> np.ndarray: # bool
     "The mask as a boolean array. ValueError for values other than 0 and 1."
     mask = np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask)
-    if mask.dtype != bool and not ((mask == 0) | (mask == 1)).all():
+    flags = mask.astype(bool, copy=False)
+    if mask.dtype != bool and (mask != flags).any():
         raise ValueError(f"{name} holds {mask.min()}..{mask.max()}, expected a mask of bool or of "
                          "0 and 1; select one class first, e.g. pred == 1")
-    return mask.astype(bool, copy=False)
+    return flags
 
 # %% ../nbs/01_surface.ipynb #97396e64
 def as_masks(
@@ -42,11 +43,13 @@ def _spacing(spacing:Sequence[float]|None, ndim:int) -> tuple[float, ...]:
                          "axis, in the order of the array's axes")
     return spacing
 
-# %% ../nbs/01_surface.ipynb #0979ab61
+# %% ../nbs/01_surface.ipynb #9ffa5664
 def _boundary(
-    mask:np.ndarray, # (*S) bool, C-contiguous, with a rim of False
-) -> np.ndarray: # (*S) bool
-    "The mask minus its erosion by the cross."
+    mask:np.ndarray, # (*S) bool
+    rim:Sequence[int], # width of the rim of False that is added along each axis, at least 1
+) -> np.ndarray: # (*S) bool, C-contiguous, each axis longer by twice its rim
+    "The mask, with a rim, minus its erosion by the cross."
+    mask = np.pad(np.ascontiguousarray(mask), [(r, r) for r in rim])
     flat = mask.ravel()
     inner = flat.copy()
     for step in mask.strides:
@@ -78,7 +81,7 @@ def _shells(
     shells = [(d, offsets[list(group)]) for d, group in groupby(near, key=distance.__getitem__)]
     return reach, shells
 
-# %% ../nbs/01_surface.ipynb #1addcc85
+# %% ../nbs/01_surface.ipynb #18ccc4e0
 def _nearest(
     points:np.ndarray, # (n,) flat indices of the querying surface
     target:np.ndarray, # (*S) bool, the other surface, rim of False as wide as the shells reach
@@ -96,11 +99,13 @@ def _nearest(
         points, left = points[~hit], left[~hit]
         if not len(left):
             return found
-    tree = cKDTree(np.argwhere(target) * spacing, 32, balanced_tree=False, compact_nodes=False)
-    found[left] = tree.query(np.stack(np.unravel_index(points, target.shape), 1) * spacing)[0]
+    points, goals = (np.stack(np.unravel_index(indices, target.shape), 1) * spacing
+                     for indices in (points, np.flatnonzero(flat)))
+    tree = cKDTree(goals, leafsize=32, balanced_tree=False, compact_nodes=False)
+    found[left] = tree.query(points)[0]
     return found
 
-# %% ../nbs/01_surface.ipynb #aae7b156
+# %% ../nbs/01_surface.ipynb #aa5e71c3
 def surface_distances(
     pred:Tensor|np.ndarray, # (*S) bool or 0/1
     label:Tensor|np.ndarray, # (*S) bool or 0/1
@@ -112,11 +117,10 @@ def surface_distances(
     pred, label = as_masks(pred, label)
     spacing = _spacing(spacing, pred.ndim)
     if not (pred.any() and label.any()):
-        rims = [_boundary(np.pad(mask, 1)) for mask in (pred, label)]
-        return tuple(np.full(np.count_nonzero(rim), np.inf) for rim in rims)
-    box = _box(pred | label)
-    rim = [(r + 1, r + 1) for r in _shells(spacing)[0]]
-    pred, label = (_boundary(np.pad(mask[box], rim)) for mask in (pred, label))
+        edges = [_boundary(mask, (1,) * mask.ndim) for mask in (pred, label)]
+        return tuple(np.full(np.count_nonzero(edge), np.inf) for edge in edges)
+    box, rim = _box(pred | label), [r + 1 for r in _shells(spacing)[0]]
+    pred, label = _boundary(pred[box], rim), _boundary(label[box], rim)
     return (_nearest(np.flatnonzero(pred), label, spacing),
             _nearest(np.flatnonzero(label), pred, spacing))
 
