@@ -58,31 +58,32 @@ def present(folder:Path) -> bool:
     "Whether there is anything in the folder."
     return folder.is_dir() and any(folder.iterdir())
 
-# %% ../../nbs/data/90_data.ipynb #c170d5f7
-def real_folder(source:Source, root:Path # the data root
+# %% ../../nbs/data/90_data.ipynb #d08a35e7
+def real_folder(source:Source, root:Path, # the data root
+                fetch:bool=True, # an open one that is absent
                 ) -> Path:
-    """Where the real data set is; an open one is fetched when absent. FileNotFoundError, with the
-    ways out, when it cannot be had; ValueError when a phantom is in its place."""
+    """Where the real data set is. FileNotFoundError, with the ways out, when it cannot be had;
+    ValueError when a phantom is in its place."""
     folder, reason = root / source.folder, ""
-    if not present(folder) and source.archives:
+    if fetch and not present(folder) and source.archives:
         try:
             return download(source, root)
         except OSError as error:
             reason = f" Fetching it failed: {error}."
     if not present(folder):
         raise FileNotFoundError(
-            f"{source.title} is expected in {folder}, in its official layout.{reason} It is had from "
-            f"{source.page} ({source.terms}); MEDKD_DATA names the folder above. Without it, "
+            f"{source.title} is expected in {folder}, in its official layout.{reason} It is had "
+            f"from {source.page} ({source.terms}); MEDKD_DATA names the folder above. Without it, "
             f"'phantom:{source.name}' runs on generated images.")
     if read_marker(folder):
         raise ValueError(f"{folder} holds a phantom twin, not {source.title}; ask for "
                          f"'phantom:{source.name}' or put the real data set there")
     return folder
 
-# %% ../../nbs/data/90_data.ipynb #3563d778
+# %% ../../nbs/data/90_data.ipynb #b5851c65
 def phantom_folder(source:Source, root:str|Path|None # holds a twin already, or is not looked at
                    ) -> Path:
-    "Where the twin of a data set is: under `root` when one is there, else in the cache, made when absent."
+    "Where a twin is: under `root` when one is there, else in the cache, made when absent."
     if root and read_marker(Path(root, source.folder)):
         return Path(root, source.folder).resolve()
     home = cache_root() / "phantom" / f"v{PHANTOM_VERSION}"
@@ -91,19 +92,19 @@ def phantom_folder(source:Source, root:str|Path|None # holds a twin already, or 
     except FileExistsError:
         raise
     except OSError as error:
-        raise OSError(f"the phantom twin cannot be written to {home} ({error}); set MEDKD_CACHE to a "
-                      "folder that can be written") from error
+        raise OSError(f"the phantom twin cannot be written to {home} ({error}); set MEDKD_CACHE "
+                      "to a folder that can be written") from error
 
-# %% ../../nbs/data/90_data.ipynb #c3737c91
-def find(name:str, root:str|Path|None) -> tuple[Source, Path, list[str]|None]:
+# %% ../../nbs/data/90_data.ipynb #bc74a531
+def find(name:str, root:str|Path|None, fetch:bool=True) -> tuple[Source, Path, list[str]|None]:
     "A data set, its folder, and the cases of a twin (None: the official ones)."
     source, twin = lookup(name)
     if not twin:
-        return source, real_folder(source, data_root(root)), None
+        return source, real_folder(source, data_root(root), fetch), None
     folder = phantom_folder(source, root)
     return source, folder, read_marker(folder)["cases"]
 
-# %% ../../nbs/data/90_data.ipynb #e257a868
+# %% ../../nbs/data/90_data.ipynb #0e26789c
 def check_options(source:Source, options:dict):
     "TypeError for an option that the loader does not have or of another type."
     known = {name: p.default for name, p in inspect.signature(source.loader).parameters.items()
@@ -111,7 +112,7 @@ def check_options(source:Source, options:dict):
     for name, value in options.items():
         if name not in known:
             raise TypeError(f"{source.name}: {unknown('option', name, known).args[0]}")
-        if type(value) is not type(known[name]):
+        if known[name] is not None and not isinstance(value, type(known[name])):
             raise TypeError(f"{source.name}: {name}={value!r} is a {type(value).__name__}; "
                             f"expected {type(known[name]).__name__}, like {known[name]!r}")
 
@@ -129,12 +130,12 @@ def load(name:str,    # "chasedb1", "phantom:chasedb1", "phantom"
                    phantom=cases is not None,
                    origin=partial(load, name, root=str(folder.parent), **options))
 
-# %% ../../nbs/data/90_data.ipynb #153c29bc
+# %% ../../nbs/data/90_data.ipynb #4a9263ca
 def verify(name:str, root:str|Path|None=None # as in `load`
-           ) -> Problems:
+           ) -> Problems: # prints as a report
     """Every problem of a copy, by file: missing, damaged, size, values, duplicate, unexpected, and
-    changed (it can be read but is not the published file). Prints as a report."""
-    source, folder, cases = find(name, root)
+    changed (it can be read but is not the published file). Nothing is fetched."""
+    source, folder, cases = find(name, root, fetch=False)
     problems = source.checker(folder, cases=cases)
     problems.name = name
     if source.manifest and not cases:

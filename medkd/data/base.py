@@ -17,10 +17,10 @@ from pathlib import Path
 import platformdirs
 import torch
 
-# %% ../../nbs/data/00_base.ipynb #891ba6df
+# %% ../../nbs/data/00_base.ipynb #35edc628
 def data_root(root:str|Path|None=None # a folder given by hand
               ) -> Path:
-    "The folder that holds the data sets: `root`, else MEDKD_DATA, else one in the user's cache folder."
+    "The folder of all data sets: `root`, else MEDKD_DATA, else one in the user's cache folder."
     default = Path(platformdirs.user_cache_dir("medkd"), "data")
     return Path(root or os.environ.get("MEDKD_DATA") or default).expanduser().resolve()
 
@@ -81,7 +81,7 @@ def one_view(item:dict, # image (V,C,*S), label (V,*S), view (V,), what else
     return [{k: x[v] if k in several else x for k, x in item.items() if k != "view"}
             | dict(view=view, source=torch.tensor(source)) for v, view in enumerate(item["view"])]
 
-# %% ../../nbs/data/00_base.ipynb #ab0eae2e
+# %% ../../nbs/data/00_base.ipynb #554f5f99
 def collate(items:Sequence[dict] # samples of one data set
             ) -> dict:           # a batch: image (B,C,*S), label (B,*S), case list[str], ...
     """The batch of `items`: tensors stacked, names listed; views flattened, then with `view` and
@@ -90,8 +90,8 @@ def collate(items:Sequence[dict] # samples of one data set
              for one in (one_view(item, source) if "view" in item else [item])]
     if len({frozenset(item) for item in items}) > 1:
         raise ValueError(f"items of one batch hold different keys: {[sorted(i) for i in items]}")
-    sizes = {item["case"]: tuple(item["image"].shape) for item in items}
-    if len(set(sizes.values())) > 1:
+    sizes = [(item["case"], tuple(item["image"].shape)) for item in items]
+    if len({size for _, size in sizes}) > 1:
         raise ValueError(f"images of different size in one batch: {sizes}; "
                          "use patches of one size or batch_size=1")
     return {key: gather([item[key] for item in items]) for key in items[0]}

@@ -20,27 +20,28 @@ def read_manifest(name:str # of a json in medkd/data
     "The published files of a data set."
     return json.loads(files("medkd.data").joinpath(name).read_text())
 
-# %% ../../nbs/data/02_fetch.ipynb #613899d8
+# %% ../../nbs/data/02_fetch.ipynb #6d7abece
 def install(unpacked:Path, # what the archives held, in whatever folders
             manifest:Mapping[str, str],
             folder:Path):  # takes the official layout
-    "Move each file of the manifest to its place. ValueError when one is absent or has another content."
+    "Move each file of the manifest to its place. ValueError when one is absent or has changed."
     here = {path.name: path for path in unpacked.rglob("*") if path.is_file()}
     wrong = [name for name, sha256 in manifest.items() if Path(name).name not in here
              or content_sha256(here[Path(name).name]) != sha256]
     if wrong:
-        raise ValueError(f"{len(wrong)} of {len(manifest)} files of the archive are absent or not the "
-                         f"published ones, first {', '.join(wrong[:3])}; nothing was kept")
+        raise ValueError(f"{len(wrong)} of {len(manifest)} files of the archive are absent or not "
+                         f"the published ones, first {', '.join(wrong[:3])}; nothing was kept")
     for name in manifest:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.move(here[Path(name).name], folder / name)
 
-# %% ../../nbs/data/02_fetch.ipynb #970ad6bd
+# %% ../../nbs/data/02_fetch.ipynb #6ab4cdea
 def download(source:Source,
              root:Path,    # data root; takes source.folder
              manifest:Mapping[str, str]|None=None, # None: the one that `source` names
              ) -> Path:    # the data set's folder
-    "Fetch, check and unpack a data set. OSError when it cannot be had, ValueError when it is not the published one."
+    """Fetch, check and unpack a data set. OSError when it cannot be had, ValueError when it is not
+    the published one; then nothing is kept."""
     import pooch
     pooch.get_logger().setLevel("WARNING")
     manifest = read_manifest(source.manifest) if manifest is None else manifest

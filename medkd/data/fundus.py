@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'SCALE', 'Style', 'Sprout', 'walk', 'arcades', 'grow', 'draw', 'cloud', 'bump', 'choroid', 'lesions',
-           'retina', 'view', 'observe', 'fundus']
+           'retina', 'view', 'fundus']
 
 # %% ../../nbs/data/04_fundus.ipynb #635a0f93
 import math
@@ -54,7 +54,7 @@ class Sprout:
     aim:float     # heading that it turns towards, radians
     artery:bool
 
-# %% ../../nbs/data/04_fundus.ipynb #fabc918d
+# %% ../../nbs/data/04_fundus.ipynb #082f116e
 def walk(rng:np.random.Generator, start:Sprout,
          fovea:tuple[float, float], # no vessel comes near it
          thinnest:float,            # radius at which a vessel ends
@@ -79,13 +79,14 @@ def walk(rng:np.random.Generator, start:Sprout,
             child = radius * rng.uniform(.4, .75)
             radius = (radius ** 3 - child ** 3) ** (1 / 3)
             away = heading + side * rng.uniform(.6, 1.2)
-            sprouts.append(Sprout(x, y, away, child, away + rng.normal(-side * .2, .35), start.artery))
+            sprouts.append(Sprout(x, y, away, child, away + rng.normal(-side * .2, .35),
+                                  start.artery))
             side, wait = -side, rng.exponential(.14) + .05
         path.append((x, y, radius))
     taken |= own
     return np.array(path), sprouts
 
-# %% ../../nbs/data/04_fundus.ipynb #8c80e4b9
+# %% ../../nbs/data/04_fundus.ipynb #e6919b0d
 def arcades(rng:np.random.Generator,
             disc:tuple[float, float], # its centre
             side:int,                 # +1 when the fovea is to the right of the disc
@@ -97,11 +98,12 @@ def arcades(rng:np.random.Generator,
     for temporal, up, artery in product((True, False), (-1, 1), (True, False)):
         angle = up * (rng.uniform(1.1, 1.6) if temporal else rng.uniform(1.9, 2.4))
         aim = up * rng.normal(-.05, .15) if temporal else angle + up * rng.normal(.1, .2)
-        large = style.calibre * rng.uniform(.8, 1.) * (.8 if artery else 1.) * (1 if temporal else .75)
-        starts.append((angle, aim, large, artery))
+        large = style.calibre * rng.uniform(.8, 1.) * (.8 if artery else 1.)
+        starts.append((angle, aim, large * (1 if temporal else .75), artery))
     flip = lambda angle: angle if side > 0 else math.pi - angle
     return [Sprout(disc[0] + rng.normal(0, .02), disc[1] + rng.normal(0, .02), flip(angle), radius,
-                   flip(angle if aim is None else aim), artery) for angle, aim, radius, artery in starts]
+                   flip(angle if aim is None else aim), artery)
+            for angle, aim, radius, artery in starts]
 
 # %% ../../nbs/data/04_fundus.ipynb #a247a661
 def grow(rng:np.random.Generator, sprouts:list[Sprout], fovea:tuple[float, float],
@@ -155,14 +157,15 @@ def bump(x:np.ndarray, y:np.ndarray,     # (H,W) coordinates
     "A round bump around `centre`."
     return np.exp(-((((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / radius ** 2) ** sharp))
 
-# %% ../../nbs/data/04_fundus.ipynb #cdefed8a
-def choroid(rng:np.random.Generator, shape:tuple[int, int], radius:float, style:Style) -> np.ndarray:
+# %% ../../nbs/data/04_fundus.ipynb #2e5092a1
+def choroid(rng:np.random.Generator, shape:tuple[int, int], radius:float, # pixels
+            style:Style) -> np.ndarray:
     "The coarse, blurred vessels behind the retina: (H,W) float32, around 0."
     from scipy.ndimage import gaussian_filter
     starts = [Sprout(*rng.uniform(-1, 1, 2), angle, style.calibre * rng.uniform(.8, 1.8),
                      angle + rng.normal(0, .5), False) for angle in rng.uniform(-3, 3, 24)]
-    streaks = draw([(walk(rng, s, (9, 9), style.calibre * .5, set())[0], False) for s in starts], shape, radius,
-                   lambda r, artery: (1., .7))
+    paths = [walk(rng, start, (9, 9), style.calibre * .5, set())[0] for start in starts]
+    streaks = draw([(path, False) for path in paths], shape, radius, lambda r, artery: (1., .7))
     streaks = gaussian_filter(streaks, radius * style.calibre)
     return streaks - streaks.mean()
 
@@ -204,13 +207,7 @@ def view(style:Style, size:tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.
     x, y = (x + .5 - width / 2) / radius, (y + .5 - height / 2) / radius
     return x, y, (x ** 2 + y ** 2 < 1) & (np.abs(y) < style.crop), radius
 
-# %% ../../nbs/data/04_fundus.ipynb #eaabd2a3
-def observe(cover:np.ndarray, # (H,W) share of each pixel that vessels cover
-            threshold:float) -> np.ndarray:
-    "What an observer marks: (H,W) bool."
-    return cover > threshold
-
-# %% ../../nbs/data/04_fundus.ipynb #6e107353
+# %% ../../nbs/data/04_fundus.ipynb #aba233e3
 def fundus(rng:np.random.Generator, # of this photograph
            skin:np.random.Generator, # of this patient: pigmentation
            style:Style,
@@ -222,11 +219,12 @@ def fundus(rng:np.random.Generator, # of this photograph
     x, y, fov, radius = view(style, size or style.size)
     disc = (-side * skin.uniform(*style.disc), rng.uniform(-.12, .12))
     fovea = (disc[0] + side * style.disc_radius * 5, disc[1] + rng.uniform(-.02, .08))
-    colour = np.array(style.colour) * np.exp(style.spread * (skin.normal() * np.array([.5, 1, 1]) + skin.normal(0, .25, 3)))
+    pigment = skin.normal() * np.array([.5, 1, 1]) + skin.normal(0, .25, 3)
+    colour = np.array(style.colour) * np.exp(style.spread * pigment)
     vessels = grow(rng, arcades(rng, disc, side, style), fovea, .45 / radius)
     thickness = draw(vessels, x.shape, radius, lambda r, artery: (
         1., (.35 + .65 * min(1., r / style.calibre)) * (.8 if artery else 1.)))
-    streak = draw(vessels, x.shape, radius, lambda r, artery: (.35, float(artery and r * radius > 1.)))
+    streak = draw(vessels, x.shape, radius, lambda r, artery: (.35, artery and r * radius > 1.))
     cover = draw(vessels, x.shape, radius, lambda r, artery: (1., 1.))
     picture = retina(rng, x, y, disc, fovea, colour, style, radius)
     if rng.random() < style.lesions:
@@ -239,4 +237,5 @@ def fundus(rng:np.random.Generator, # of this photograph
     picture = np.where(fov[..., None], picture * 255, style.surround)
     noise = rng.normal(0, style.noise, picture.shape) * np.where(fov, 1, .3)[..., None]
     image = np.clip(picture + noise * (max(style.surround) > 0 or fov[..., None]), 0, 255)
-    return dict(image=image.astype(np.uint8), fov=fov, label=(cover > .5) & fov, label2=(cover > .7) & fov)
+    return dict(image=image.astype(np.uint8), fov=fov, label=(cover > .5) & fov,
+                label2=(cover > .7) & fov)

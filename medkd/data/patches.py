@@ -73,12 +73,12 @@ class Patches(Pictures):
                 break
         return window
 
-# %% ../../nbs/data/03_patches.ipynb #c13213db
+# %% ../../nbs/data/03_patches.ipynb #5609c694
 def augment(rng:np.random.Generator,
             image:np.ndarray, # (N,N) float32 in [0,1]
             **masks:np.ndarray # (N,N)
             ) -> dict[str, np.ndarray]:
-    "One of the 8 turns and mirrorings of a square, on all; gamma, contrast, brightness on the image."
+    "One of the 8 turns and mirrorings of a square; gamma, contrast, brightness of the image alone."
     turns, mirror = rng.integers(4), rng.integers(2)
     gamma, contrast, brightness = rng.uniform([.8, .85, -.1], [1.25, 1.15, .1]).astype(np.float32)
     image = np.clip((image ** gamma - .5) * contrast + .5 + brightness, 0, 1)

@@ -102,7 +102,7 @@ def inspect(folder:Path,          # of the data set
         problems += check_mask(files[role], pixels[role], pixels.get("image"))
     return pixels, problems
 
-# %% ../../nbs/data/05_vessel_files.ipynb #4ef0d4f3
+# %% ../../nbs/data/05_vessel_files.ipynb #611506a7
 def check_mask(name:str,
                mask:np.ndarray,        # (H,W) grey values
                image:np.ndarray|None, # (H,W,3)
@@ -110,7 +110,8 @@ def check_mask(name:str,
     "What is wrong with a mask: another size than its image, grey values of no observer."
     problems, grey = [], set(np.unique(mask).tolist()) - {0, 3, 253, 255}
     if image is not None and mask.shape != image.shape[:2]:
-        problems.append(Problem(name, "size", f"the mask is {mask.shape}, its image {image.shape[:2]}"))
+        sizes = f"the mask is {mask.shape}, its image {image.shape[:2]}"
+        problems.append(Problem(name, "size", sizes))
     if grey:
         problems.append(Problem(name, "values", f"holds {sorted(grey)[:5]}, expected 0 and 255"))
     return problems
@@ -158,7 +159,7 @@ def write_vessels(vessels:Vessels,
         for role, name in vessels.files(case).items():
             encode(folder / name, pixels[role])
 
-# %% ../../nbs/data/05_vessel_files.ipynb #e1cc571f
+# %% ../../nbs/data/05_vessel_files.ipynb #a7976444
 def check_vessels(vessels:Vessels,
                   folder:Path, # in official layout
                   cases:Sequence[str]|None=None, # those of a phantom twin; None: the official ones
@@ -180,7 +181,8 @@ def check_vessels(vessels:Vessels,
                  for same in found.values() for name in same[1:]]
     strays = unexpected(folder, [name for files in expected.values() for name in files.values()])
     problems += [stray(folder, name, found) for name in strays]
-    return Problems(vessels.name, folder, read + len(strays), sorted(problems, key=lambda p: p.file))
+    problems.sort(key=lambda problem: problem.file)
+    return Problems(vessels.name, folder, read + len(strays), problems)
 
 # %% ../../nbs/data/05_vessel_files.ipynb #7205f936
 def missing(name:str, there:dict[str, str]) -> Problem:

@@ -61,7 +61,7 @@ def used_files(vessels:Vessels, case:str,
     label = files.get("label2", files["label"]) if observer == 2 else files["label"]
     return {role: files[role] for role in ("image", "fov") if role in files} | dict(label=label)
 
-# %% ../../nbs/data/06_vessels.ipynb #ae049d4e
+# %% ../../nbs/data/06_vessels.ipynb #06a71cfe
 def annotated(vessels:Vessels, folder:Path,
               files:dict[str, dict[str, str]], # case -> role -> path
               ) -> dict[str, dict[str, str]]:
@@ -69,8 +69,8 @@ def annotated(vessels:Vessels, folder:Path,
     absent = absent_folders(vessels, folder)
     kept = {case: f for case, f in files.items() if str(Path(f["label"]).parent) not in absent}
     if len(kept) < len(files):
-        print(f"{vessels.name}: no annotations in {', '.join(sorted(absent))} (newer archives have none): "
-              f"{len(files) - len(kept)} photographs left out")
+        print(f"{vessels.name}: no {', '.join(sorted(absent))} here (the current archive has "
+              f"none): {len(files) - len(kept)} photographs left out")
     return kept
 
 # %% ../../nbs/data/06_vessels.ipynb #b4e61e2f
@@ -93,7 +93,7 @@ def read_case(name:str, folder:Path, files:dict[str, str], sums:dict[str, str]
         raise ValueError(f"{folder}:\n{error}\nfetch these files again "
                          f"(python -m medkd verify {name} checks all)") from error
 
-# %% ../../nbs/data/06_vessels.ipynb #9d586044
+# %% ../../nbs/data/06_vessels.ipynb #01801f13
 def load_vessels(vessels:Vessels,
                  folder:Path,           # in official layout
                  cases:Sequence[str]|None=None, # those of a phantom twin; None: the official ones
@@ -101,7 +101,7 @@ def load_vessels(vessels:Vessels,
                  patch:int=128,         # side of a training patch, pixels
                  patches_per_image:int=16, # in an epoch
                  ) -> Splits:
-    "The splits of a vessel set; prepared once, then from the cache. Errors name the files at fault."
+    "The splits of a vessel set, prepared once and cached. Errors name the files at fault."
     if observer not in (1, 2) or patch < 1 or patches_per_image < 1:
         raise ValueError(f"observer={observer!r}, patch={patch!r}, patches_per_image="
                          f"{patches_per_image!r}; expected 1 or 2, and positive numbers")
@@ -130,15 +130,17 @@ def vessel_source(vessels:Vessels, twin:Sequence[str], **facts) -> Source:
                   cases=tuple(twin), size=STYLES[vessels.name].size,
                   task="retinal vessels in fundus photographs, 2 classes", **facts)
 
-# %% ../../nbs/data/06_vessels.ipynb #78b30dab
+# %% ../../nbs/data/06_vessels.ipynb #dcfefba6
 SOURCES = (
     vessel_source(
         CHASEDB1, CHASEDB1.cases, title="CHASE_DB1", folder="CHASEDB1", manifest="chasedb1.json",
         page="https://blogs.kingston.ac.uk/retinal/chasedb1/", terms="open, CC BY 4.0",
-        archives=(Archive("https://researchdata.kingston.ac.uk/96/1/CHASEDB1.zip", "CHASEDB1.zip"),)),
+        archives=(Archive("https://researchdata.kingston.ac.uk/96/1/CHASEDB1.zip",
+                          "CHASEDB1.zip"),)),
     vessel_source(
         STARE, STARE.cases[:10], title="STARE", folder="STARE", manifest="stare.json",
-        page="https://cecas.clemson.edu/~ahoover/stare/probing/index.html", terms="freely distributed",
+        page="https://cecas.clemson.edu/~ahoover/stare/probing/index.html",
+        terms="freely distributed",
         archives=tuple(Archive(f"https://cecas.clemson.edu/~ahoover/stare/probing/{name}", name)
                        for name in ("stare-images.tar", "labels-ah.tar", "labels-vk.tar"))),
     vessel_source(
