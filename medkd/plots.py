@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'method_colours', 'run_rows', 'series', 'smooth', 'wide_range', 'names_in', 'draw_losses', 'draw_scores',
-           'show_curves', 'shares', 'show_share', 'draw_strip', 'show_scores', 'spread', 'draw_cost', 'show_cost']
+           'show_curves', 'shares', 'show_share', 'draw_strip', 'show_scores', 'spread', 'distinct', 'draw_cost',
+           'show_cost']
 
 # %% ../nbs/06_plots.ipynb #ffd5ec5a
 from collections.abc import Iterable, Mapping, Sequence
@@ -117,18 +118,20 @@ def show_share(run, # Run, or the rows of its metrics.jsonl
     figure.legend(*[values[::-1] for values in ax.get_legend_handles_labels()], loc="outside right center")
     return figure
 
-# %% ../nbs/06_plots.ipynb #efd04c47
+# %% ../nbs/06_plots.ipynb #77d32f0a
 def draw_strip(ax, cases, # of `per_case`: method, value
                means,     # of `summarise`: method, mean, low, high
                colours:Mapping[str, str]) -> None:
     "A row per method: its cases, their mean and its interval."
-    import seaborn
-    seaborn.stripplot(cases, x="value", y="method", hue="method", order=list(colours), palette=dict(colours),
-                      jitter=.18, size=4, alpha=.5, legend=False, ax=ax)
-    for line in means.itertuples():
-        place = list(colours).index(line.method)
-        ax.plot([line.low, line.high], [place, place], color="black", lw=2, zorder=5)
-        ax.plot(line.mean, place, "D", color="white", mec="black", ms=6, zorder=6)
+    for place, (method, colour) in enumerate(colours.items()):
+        values = cases.loc[cases["method"] == method, "value"]
+        heights = place + np.random.default_rng(place).uniform(-.2, .2, len(values))
+        ax.scatter(values, heights, s=18, color=colour, alpha=.5, lw=0)
+        for line in means[means["method"] == method].itertuples():
+            ax.plot([line.low, line.high], [place] * 2, color="black", lw=2, zorder=5)
+            ax.plot(line.mean, place, "D", color="white", mec="black", ms=6, zorder=6)
+    ax.set(yticks=range(len(colours)), yticklabels=colours, ylim=(len(colours) - .5, -.5))
+    ax.grid(axis="y", visible=False)
 
 # %% ../nbs/06_plots.ipynb #fb0dbd4c
 @styled()
@@ -164,26 +167,35 @@ def spread(places:Sequence[float],  # of labels
     result[order] = moved - (moved - ranked).mean()
     return result
 
-# %% ../nbs/06_plots.ipynb #6f4fad60
-def draw_cost(ax, table, cost:str, score:str, colours:Mapping[str, str]) -> None:
-    "Score against one cost on a log axis, a labelled point per method, its interval where the table has low and high."
-    ax.set_xscale("log")
-    for line in table.to_dict("records"):
-        if "low" in line: ax.plot([line[cost]] * 2, [line["low"], line["high"]], color=colours[line["method"]], lw=1.2, alpha=.6)
-        ax.plot(line[cost], line[score], "o", color=colours[line["method"]], ms=7, mec="white")
-    ax.margins(x=.25, y=.12)
-    low, high = ax.get_ylim()
-    heights = spread(table[score], .075 * (high - low))
-    rightmost = table[cost] > np.sqrt(table[cost].min() * table[cost].max())
-    for line, height, right in zip(table.to_dict("records"), heights, rightmost):
-        ax.annotate(line["method"], (line[cost], line[score]), xytext=(-12 if right else 12, height),
-                    textcoords=("offset points", "data"), ha="right" if right else "left", va="center", fontsize=8.5,
-                    arrowprops=dict(arrowstyle="-", color="#999999", lw=.6, shrinkA=0, shrinkB=3))
-    ax.set(xlabel=cost, ylabel=score)
+# %% ../nbs/06_plots.ipynb #1e55df83
+def distinct(values:Sequence[float], # positive
+             ratio:float=1.4) -> list[float]: # ascending
+    "The values that are at least `ratio` times the one kept before: their marks don't overlap on a log axis."
+    kept = []
+    for value in sorted(values):
+        if not kept or value >= ratio * kept[-1]: kept.append(value)
+    return kept
 
-# %% ../nbs/06_plots.ipynb #75b7791c
+# %% ../nbs/06_plots.ipynb #487d7054
+def draw_cost(ax, table, cost:str, score:str, colours:Mapping[str, str]) -> None:
+    "Score against one cost on a log axis that is marked where networks stand, a labelled point per method."
+    middle = np.sqrt(table[cost].min() * table[cost].max())
+    heights = spread(table[score], .075 * max(np.ptp(table[score]), 1e-3))
+    for line, height in zip(table.to_dict("records"), heights):
+        ax.plot(line[cost], line[score], "o", color=colours[line["method"]], ms=7, mec="white")
+        right = line[cost] > middle
+        ax.annotate(line["method"], (line[cost], line[score]), xytext=(-14 if right else 14, height),
+                    textcoords=("offset points", "data"), ha="right" if right else "left", va="center",
+                    arrowprops=dict(arrowstyle="-", color="#999999", lw=.6, shrinkA=0, shrinkB=3))
+    values = distinct(table[cost])
+    ax.set(xlabel=cost, ylabel=score, xscale="log")
+    ax.set_xticks(values, [f"{value:.3g}" for value in values])
+    ax.minorticks_off()
+    ax.margins(x=.2, y=.12)
+
+# %% ../nbs/06_plots.ipynb #e9f80b0b
 @styled()
-def show_cost(rows,              # per method: method, the score, any of COSTS, optional low and high of the score
+def show_cost(rows,              # per method: method, the score, any of COSTS
               score:str="dice",
               title:str="Score against cost", note:str=""):
     "Figure with a panel per cost that the rows have. ValueError when they have none."

@@ -262,7 +262,7 @@ def attention(feature:Tensor|np.ndarray # (B,C,H,W)
     if feature.ndim != 4: raise ValueError(f"a tap is {feature.shape}; expected (B,C,H,W), a 2-D network")
     return (feature[0].astype(np.float32)**2).mean(0)
 
-# %% ../nbs/04_show.ipynb #ed710b28
+# %% ../nbs/04_show.ipynb #a75bc90d
 @styled()
 def show_taps(student:Mapping[str, Tensor], # tap -> (B,C,H,W), e.g. Taps
               teacher:Mapping[str, Tensor],
@@ -278,5 +278,5 @@ def show_taps(student:Mapping[str, Tensor], # tap -> (B,C,H,W), e.g. Taps
         for ax, name in zip(line, names):
             if name not in maps[row]: continue
             ax.imshow(maps[row][name], cmap="magma")
-            ax.set_title(f"{name}  {'×'.join(map(str, rows[row][name].shape[1:]))}")
+            ax.set_title(f"{name}\n{'×'.join(map(str, rows[row][name].shape[1:]))}")
     return figure
