@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PALETTE', 'ERRORS', 'STYLE', 'styled', 'make_figure', 'data_note', 'as_array', 'as_picture', 'tint', 'error_codes',
            'dim', 'picture_grid', 'colour_legend', 'class_colours', 'pick_samples', 'show_batch', 'pick_cases',
-           'find_items', 'busiest', 'as_labels', 'case_dice', 'paint', 'result_row', 'show_results', 'attention',
-           'show_taps']
+           'find_items', 'busiest', 'framed', 'as_labels', 'case_dice', 'paint', 'result_row', 'show_results',
+           'attention', 'show_taps']
 
 # %% ../nbs/04_show.ipynb #feda92a6
 from collections.abc import Mapping, Sequence
@@ -182,16 +182,28 @@ def find_items(items,                  # dataset, or a list of its items
     if missing := [case for case in labelled.values() if case not in names]: raise unknown("case", missing[0], names)
     return {label: items[names.index(case)] for label, case in labelled.items()}
 
-# %% ../nbs/04_show.ipynb #a0a75973
+# %% ../nbs/04_show.ipynb #e59e3510
 def busiest(truth:np.ndarray, # (H,W) bool
             side:int,         # of the window, pixels
             ) -> tuple[int, int, int, int]: # y, x, height, width
-    "The square window that holds most of the truth, cut to the image."
-    h, w = min(side, truth.shape[0]), min(side, truth.shape[1])
-    total = np.pad(truth, ((1, 0), (1, 0))).cumsum(0, dtype=np.int64).cumsum(1)
+    "The square window that holds most of the truth's outline, cut to the image."
+    from scipy.ndimage import binary_erosion
+    outline, (h, w) = truth & ~binary_erosion(truth), np.minimum(side, truth.shape)
+    total = np.pad(outline, ((1, 0), (1, 0))).cumsum(0, dtype=np.int64).cumsum(1)
     inside = total[h:, w:] - total[:-h, w:] - total[h:, :-w] + total[:-h, :-w]
     y, x = np.unravel_index(inside.argmax(), inside.shape)
-    return int(y), int(x), h, w
+    return int(y), int(x), int(h), int(w)
+
+# %% ../nbs/04_show.ipynb #5fac5def
+def framed(picture:np.ndarray, # (H,W,3) uint8
+           window:tuple[int, int, int, int], # y, x, height, width
+           ) -> np.ndarray:
+    "The picture with the border of the window painted into it."
+    (y, x, h, w), width = window, 1 + max(picture.shape) // 150
+    codes = np.zeros(picture.shape[:2], np.uint8)
+    codes[y:y + h, x:x + w] = 1
+    codes[y + width:y + h - width, x + width:x + w - width] = 0
+    return tint(picture, codes, [ERRORS["false positive"]])
 
 # %% ../nbs/04_show.ipynb #b3ef995e
 def as_labels(prediction:Tensor|np.ndarray, # (H,W): probability of the foreground, or label map
@@ -218,34 +230,35 @@ def paint(labels:np.ndarray, # (H,W) integer
     fov = as_array(item["fov"]) if "fov" in item else None
     return tint(dim(picture), error_codes(labels == 1, as_array(item["label"]) == 1, fov), [*ERRORS.values()])
 
-# %% ../nbs/04_show.ipynb #12d648ef
+# %% ../nbs/04_show.ipynb #53538f7e
 def result_row(item:Mapping, predictions:Mapping[str, Mapping], crop, colours:Mapping[str, str]
                ) -> list[tuple[str, np.ndarray]]: # (title, (H,W,3) uint8)
-    "The pictures of one case: the image, the truth, then each method with its Dice over the whole case."
-    truth = as_array(item["label"])
+    "The pictures of one case: the image (whole, then cut), the truth, each method with its Dice over the whole case."
+    truth, image = as_array(item["label"]), as_picture(item["image"])
     window = busiest(truth > 0, crop) if isinstance(crop, int) else crop or (0, 0, *truth.shape)
-    y, x, h, w = window
-    row = [("image", as_picture(item["image"])), ("truth", paint(truth, item, colours))]
+    row = [("image" if crop is None else "region", image), ("truth", paint(truth, item, colours))]
     for method, cases in predictions.items():
         if item["case"] not in cases: raise unknown(f"case among the predictions of {method}", item["case"], cases)
         labels = as_labels(cases[item["case"]])
         score = case_dice(labels, item, len(colours) + 1)
-        row.append((f"{method}  {score:.3f}", paint(labels, item, colours)))
-    return [(title, picture[y:y + h, x:x + w]) for title, picture in row]
+        row.append((f"{method}{'  ' if len(predictions) < 5 else chr(10)}{score:.3f}", paint(labels, item, colours)))
+    y, x, h, w = window
+    whole = [] if crop is None else [("image", framed(image, window))]
+    return whole + [(title, picture[y:y + h, x:x + w]) for title, picture in row]
 
-# %% ../nbs/04_show.ipynb #00cbe149
+# %% ../nbs/04_show.ipynb #c82c926a
 @styled()
 def show_results(items,              # dataset or list of items: image (C,H,W), label (H,W), case, fov
                  predictions:Mapping[str, Mapping], # method -> case -> (H,W) probability or label map
                  classes:Sequence[str]=("background", "foreground"), # index = label value
                  cases:Sequence[str]|Mapping[str, str]|None=None, # as in `find_items`; see `pick_cases`
                  crop:tuple[int, int, int, int]|int|None=None, # y, x, height, width; or side of `busiest`
-                 title:str="Predictions and Dice per case", note:str=""):
-    """Figure with a row per case: image, truth and each method, titled with its Dice over the whole
-    case. One class: error colours; more: class colours, and the mean Dice of those that occur."""
+                 title:str="Predictions with the Dice of the whole image", note:str=""):
+    """Figure with a row per case: image (with `crop` the whole one and its region), truth, each method. One class: error colours; more: class colours, and the mean Dice of those that occur."""
     colours, chosen = class_colours(classes), find_items(items, cases)
     rows = [result_row(item, predictions, crop, colours) for item in chosen.values()]
-    figure, axes = picture_grid([row[0][1].shape[:2] for row in rows], len(predictions) + 2, title, note)
+    shapes = [max((picture.shape[:2] for _, picture in row), key=lambda s: s[0] / s[1]) for row in rows]
+    figure, axes = picture_grid(shapes, len(rows[0]), title, note)
     for line, label, row in zip(axes, chosen, rows):
         line[0].set_ylabel(label.replace(": ", "\n"))
         for ax, (name, picture) in zip(line, row):
