@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['THRESHOLDS', 'SHOWN', 'threshold_scores', 'threshold_axes', 'ThresholdPicture', 'ThresholdPanel', 'threshold_panel']
 
-# %% ../nbs/07_panel.ipynb #d5b68c04
+# %% ../nbs/07_panel.ipynb #864a2eb7
 from collections.abc import Mapping
 from io import BytesIO
 
@@ -13,7 +13,8 @@ import numpy as np
 
 from .core import unknown
 from .metrics import Confusion
-from .show import ERRORS, PALETTE, as_array, as_picture, colour_legend, dim, error_codes, make_figure, styled, tint
+from .paint import ERRORS, PALETTE, as_array, as_picture, dim, error_codes, tint
+from .show import colour_legend, make_figure, styled
 
 # %% ../nbs/07_panel.ipynb #79be69e1
 THRESHOLDS = np.arange(1, 256) / 256

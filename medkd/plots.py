@@ -7,12 +7,13 @@ __all__ = ['COSTS', 'method_colours', 'run_rows', 'series', 'smooth', 'wide_rang
            'show_curves', 'shares', 'show_share', 'draw_strip', 'show_scores', 'spread', 'distinct', 'draw_cost',
            'show_cost']
 
-# %% ../nbs/06_plots.ipynb #ffd5ec5a
+# %% ../nbs/06_plots.ipynb #3751273d
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from .show import PALETTE, make_figure, styled
+from .paint import PALETTE
+from .show import make_figure, styled
 from .tables import as_frame, per_case, summarise
 
 # %% ../nbs/06_plots.ipynb #30589c74
