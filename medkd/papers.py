@@ -2,19 +2,23 @@
 
 # %% auto #0
 __all__ = ['injected', 'fits', 'check_parameters', 'type_name', 'choose', 'load_present', 'prediction_folder', 'predict_all',
-           'stored_scores', 'mean_score', 'verdict']
+           'stored_scores', 'stored_predictions', 'mean_score', 'verdict', 'adopt', 'keep', 'write_results']
 
-# %% ../nbs/10_papers.ipynb #ebd859b8
+# %% ../nbs/10_papers.ipynb #05604c63
 import ast
+import shutil
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from .core import unknown
-from .inference import score_predictions, store_predictions
+from .files import make_folder, write_atomic, write_json
+from .inference import read_prediction, score_predictions, store_predictions
 from .metrics import VESSEL
-from .trainers.run import Run
+from .tables import long_rows
+from .trainers.fit import git_state, versions
+from .trainers.run import Run, describe, load_network, save_weights
 
 # %% ../nbs/10_papers.ipynb #43a31925
 def injected(cells:Sequence[str] # sources of the cells run so far, IPython's `In`
@@ -96,19 +100,24 @@ def predict_all(runs:Mapping[str, Run], # method -> run
         for name, splits in tests.items():
             store_predictions(net, splits.test, prediction_folder(run, name), weights, splits.sha256, splits.patch)
 
-# %% ../nbs/10_papers.ipynb #445f147b
+# %% ../nbs/10_papers.ipynb #73f6fcf6
 def stored_scores(runs:Mapping[str, Run], tests:Mapping, metrics:Sequence[str]=VESSEL) -> list[dict]:
     """Long rows (method, dataset, case, metric, value) computed from the stored predictions alone; also written to
     scores.csv beside them. Every table and figure of a paper notebook is made of these rows."""
     rows = []
     for method, run in runs.items():
         for name, splits in tests.items():
-            folder = prediction_folder(run, name)
-            scores = score_predictions(folder, splits.test, splits.classes, metrics)
+            folder, test = prediction_folder(run, name), splits.test
+            scores = score_predictions(folder, test, splits.classes, metrics)
             scores.write_csv(folder/"scores.csv")
-            rows += [dict(method=method, dataset=name, case=row["case"], metric=metric, value=row[metric])
-                     for row in scores.rows for metric in metrics]
+            rows += long_rows(scores, method, name, dict(zip(test.cases, test.patients)))
     return rows
+
+# %% ../nbs/10_papers.ipynb #5a32ea6f
+def stored_predictions(runs:Mapping[str, Run], data_name:str, cases:Sequence[str]) -> dict[str, dict]:
+    "method -> case -> (H,W) stored probability of the foreground."
+    return {method: {case: read_prediction(prediction_folder(run, data_name), case) for case in cases}
+            for method, run in runs.items()}
 
 # %% ../nbs/10_papers.ipynb #14d50eb2
 def mean_score(rows:Sequence[Mapping], method:str, dataset:str, metric:str="dice") -> float:
@@ -123,3 +132,47 @@ def verdict(rows:Sequence[Mapping], dataset:str, metric:str="dice") -> str:
     gap = f"{dataset}: teacher {teacher:.4f} - student alone {student:.4f} = {teacher - student:+.4f} {metric}"
     if teacher > student: return f"{gap}; the teacher has something to teach"
     return f"{gap}; the teacher is no better than the student alone, so this run cannot show a gain of distillation"
+
+# %% ../nbs/10_papers.ipynb #3763dc07
+def adopt(network:Callable,     # importable; makes the network
+          weights:str|Path,     # safetensors file, or a run folder
+          run_dir:str|Path,     # folder and role, as for `fit`
+          **about) -> Run:
+    "A run that holds these weights, untrained by us: its report says `adopted`. ValueError when they do not fit."
+    net = load_network(network, weights)
+    staged = make_folder(Path(run_dir).parent)/f".{Path(run_dir).name}.adopting"
+    sha256 = save_weights(make_folder(staged)/"best.safetensors", net)
+    decided = dict(data=dict(name="unknown"), adopted=sha256, student=describe(network))
+    write_json(staged/"params.json", dict(hash=sha256[:8], decided=decided, recipe=dict(student=describe(network)), sources={}, packages=[]))
+    write_json(staged/"env.json", dict(versions=versions(), git=git_state(Path(__file__).parent), weights=Path(weights).name))
+    write_json(staged/"report.json", dict(adopted=True, steps=0, best=None, best_step=None, seconds=0., **about))
+    folder = Path(f"{run_dir}-{sha256[:8]}")
+    if folder.exists(): shutil.rmtree(staged)
+    else: staged.rename(folder)
+    return Run(folder, network)
+
+# %% ../nbs/10_papers.ipynb #b2fcba04
+def keep(figure, path:str|Path # folder/figures/name
+         ):
+    "The figure, stored as path.png, too."
+    path = Path(path)
+    make_folder(path.parent)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+    return figure
+
+# %% ../nbs/10_papers.ipynb #a183ed1b
+def write_results(folder:str|Path, title:str, note:str, # "phantom data, quick preset"
+                  tables:Mapping,                       # title -> DataFrame
+                  runs:Mapping[str, Run], tests:Mapping) -> Path:
+    "results.md with the tables and figures, and results.json with where they come from; the path of results.md."
+    folder = make_folder(folder)
+    figures = sorted(path.name for path in (folder/"figures").glob("*.png"))
+    text = [f"# {title}", *([f"**{note}**"] if note else []),
+            *(f"## {name}\n\n```\n{table.to_string()}\n```" for name, table in tables.items()),
+            "## Figures\n", *(f"- figures/{name}" for name in figures)]
+    for name, table in tables.items(): write_atomic(folder/f"{name.replace(' ', '_')}.csv", table.to_csv())
+    write_json(folder/"results.json", dict(
+        note=note, versions=versions(), git=git_state(Path(__file__).parent),
+        data={name: dict(sha256=splits.sha256, phantom=splits.phantom) for name, splits in tests.items()},
+        runs={name: dict(run=run.path.name, weights_sha256=run.sha256, report=run.report) for name, run in runs.items()}))
+    return write_atomic(folder/"results.md", "\n\n".join(text) + "\n")
