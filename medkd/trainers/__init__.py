@@ -4,12 +4,12 @@
 __all__ = ['Adversary', 'NotFinite', 'Objective', 'Recipe', 'Run', 'Stale', 'Trainer', 'constant', 'cosine', 'fit',
            'load_network', 'poly']
 
-# %% ../../nbs/trainers/08_face.ipynb #cb3f2ce1
+# %% ../../nbs/trainers/08_face.ipynb #a2bfbaa1
 from .fit import Stale, fit
-from .objective import Objective
+from .objective import NotFinite, Objective
 from .recipe import Adversary, Recipe, constant, cosine, poly
 from .run import Run, load_network
-from .trainer import NotFinite, Trainer
+from .trainer import Trainer
 
 # %% ../../nbs/trainers/08_face.ipynb #3e400d01
 _all_ = ["Adversary", "NotFinite", "Objective", "Recipe", "Run", "Stale", "Trainer", "constant", "cosine", "fit",

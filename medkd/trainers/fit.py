@@ -2,15 +2,16 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'versions', 'git_state', 'cpu_name', 'environment', 'Stale', 'changed_sources', 'recipe_sources',
-           'check_portable', 'check_recipe_portable', 'load_splits', 'packages', 'prepare_folder', 'storable', 'fit',
-           'check_trackers']
+           'check_portable', 'check_recipe_portable', 'load_splits', 'packages', 'check_stale', 'set_run_aside',
+           'prepare_folder', 'storable', 'fit', 'check_trackers']
 
-# %% ../../nbs/trainers/07_fit.ipynb #cbd4cfcc
+# %% ../../nbs/trainers/07_fit.ipynb #cec00c93
+import json
 import platform
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -19,11 +20,13 @@ import torch
 
 from ..files import make_folder, read_json, write_json, writing
 from .recipe import Recipe, decided_by, hash8, make_teacher, resolve_precision
-from .run import Run, describe, dotted, importable, network_maker, sources
+from .run import Run, describe_items, dotted, importable, network_maker, source_sha256, sources
+from .launch import launch
 from .trainer import Trainer
 
-# %% ../../nbs/trainers/07_fit.ipynb #2f2e010d
-PACKAGES = ("medkd", "torch", "numpy", "scipy", "monai", "accelerate", "safetensors", "nibabel", "scikit-image")
+# %% ../../nbs/trainers/07_fit.ipynb #87e35f40
+PACKAGES = ("medkd", "torch", "numpy", "scipy", "monai", "accelerate", "safetensors", "nibabel",
+            "scikit-image")
 
 def versions() -> dict[str, str]:
     "Versions of what computes the result."
@@ -33,14 +36,15 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError: found[name] = "not installed"
     return found | dict(python=platform.python_version())
 
-# %% ../../nbs/trainers/07_fit.ipynb #62b00c3e
+# %% ../../nbs/trainers/07_fit.ipynb #42d285e9
 def git_state(folder:Path) -> dict|None:
     "Commit of the repository that `folder` lies in, and whether files differ from it; None outside one."
     git = partial(subprocess.run, cwd=folder, capture_output=True, text=True, timeout=20)
     try: commit = git(["git", "rev-parse", "HEAD"])
     except (OSError, subprocess.TimeoutExpired): return None
     if commit.returncode: return None
-    return dict(commit=commit.stdout.strip(), changed=bool(git(["git", "status", "--porcelain", "-uno"]).stdout.strip()))
+    status = git(["git", "status", "--porcelain", "-uno"])
+    return dict(commit=commit.stdout.strip(), changed=bool(status.stdout.strip()))
 
 # %% ../../nbs/trainers/07_fit.ipynb #a66f49eb
 def cpu_name() -> str:
@@ -50,18 +54,19 @@ def cpu_name() -> str:
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.machine()
 
-# %% ../../nbs/trainers/07_fit.ipynb #d7eea599
+# %% ../../nbs/trainers/07_fit.ipynb #1573fb93
 def environment(splits, nproc:int=1) -> dict:
     "Versions, code, device, data and command of a run; no folder of this machine is named."
     cuda = torch.cuda.is_available()
-    return dict(versions=versions(), git=dict(medkd=git_state(Path(__file__).parent), here=git_state(Path.cwd())),
+    git = dict(medkd=git_state(Path(__file__).parent), here=git_state(Path.cwd()))
+    return dict(versions=versions(), git=git,
                 device=torch.cuda.get_device_name() if cuda else cpu_name(),
                 cuda=torch.version.cuda, threads=torch.get_num_threads(), processes=nproc,
                 data=dict(name=splits.name, sha256=splits.sha256, phantom=splits.phantom),
                 argv=[Path(arg).name if Path(arg).is_absolute() else arg for arg in sys.argv],
                 started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
-# %% ../../nbs/trainers/07_fit.ipynb #981f1f8e
+# %% ../../nbs/trainers/07_fit.ipynb #4a2f0649
 class Stale(RuntimeError):
     "The source of something that a run names has changed since."
 
@@ -71,11 +76,12 @@ def changed_sources(params:dict, recipe:Recipe) -> list[str]:
     return sorted(name for name, sha in params["sources"].items() if now.get(name, sha) != sha)
 
 def recipe_sources(recipe:Recipe) -> dict[str, str]:
-    "sha256 of the source of everything the recipe names, the trainer included."
+    "sha256 of the source of everything the recipe names, data apart, and of the trainer's module."
     values = [getattr(recipe, f.name) for f in fields(recipe) if f.name != "data"]
-    return sources(values) | sources(recipe.trainer or Trainer)
+    name = Trainer.__module__
+    return sources(values) | {name: source_sha256(sys.modules[name])}
 
-# %% ../../nbs/trainers/07_fit.ipynb #cb01b83e
+# %% ../../nbs/trainers/07_fit.ipynb #fe5b7692
 def check_portable(value, where:str="recipe") -> None:
     "ValueError naming what another process could not import or load."
     if isinstance(value, Run): return
@@ -87,56 +93,71 @@ def check_portable(value, where:str="recipe") -> None:
         for name, part in value.items(): check_portable(part, f"{where}[{name!r}]")
     elif isinstance(value, torch.nn.Module) or (callable(value) and not importable(value)):
         name = type(value).__name__ if isinstance(value, torch.nn.Module) else dotted(value)
-        raise ValueError(f"{where}: {name} is known to this process only; with nproc > 1 give a Run, or a function or "
-                         "class from a module that can be imported")
+        raise ValueError(f"{where}: {name} is known to this process only; with nproc > 1 give a Run, or "
+                         "a function or class from a module that can be imported")
 
-# %% ../../nbs/trainers/07_fit.ipynb #4da5816c
+# %% ../../nbs/trainers/07_fit.ipynb #42f12fd9
 def check_recipe_portable(recipe:Recipe, splits) -> None:
     "ValueError when the recipe cannot travel to other processes."
     for f in fields(recipe):
         if f.name != "data": check_portable(getattr(recipe, f.name), f.name)
     if splits.origin is None:
-        raise ValueError("data: these Splits cannot be loaded by another process; with nproc > 1 give a function that "
-                         "returns them, from a module that can be imported")
+        raise ValueError("data: these Splits cannot be loaded by another process; with nproc > 1 give "
+                         "a function that returns them, from a module that can be imported")
+    check_portable(splits.origin, "data")
 
-# %% ../../nbs/trainers/07_fit.ipynb #3a8f2b10
+# %% ../../nbs/trainers/07_fit.ipynb #00d10074
 def load_splits(data # Splits, or a callable that returns them
                 ):
     "The recipe's data; a callable's are loaded again by other processes through it."
     if not callable(data): return data
     splits = data()
-    if splits.origin is None: object.__setattr__(splits, "origin", data if isinstance(data, partial) else partial(data))
-    return splits
+    return splits if splits.origin else replace(splits, origin=partial(data))
 
-# %% ../../nbs/trainers/07_fit.ipynb #1ba14685
-def packages(recipe:Recipe) -> tuple[str, ...]:
-    "Top-level packages of what the recipe names."
-    return tuple(sorted({name.partition(":")[0].partition(".")[0] for name in recipe_sources(recipe)}))
+# %% ../../nbs/trainers/07_fit.ipynb #9fdd98b7
+def packages(recipe:Recipe, splits=None) -> tuple[str, ...]:
+    "Top-level packages of what the recipe and the origin of its data name."
+    names = recipe_sources(recipe) | sources(getattr(splits, "origin", None))
+    return tuple(sorted({name.partition(":")[0].partition(".")[0] for name in names}))
 
-# %% ../../nbs/trainers/07_fit.ipynb #52a32416
-def prepare_folder(recipe:Recipe, splits, folder:Path, decided:dict, nproc:int, stale:str) -> None:
-    "params.json and env.json of a new run; of an old one, the check that its sources are today's."
+# %% ../../nbs/trainers/07_fit.ipynb #90b39ae5
+def check_stale(recipe:Recipe, folder:Path, stale:str) -> bool:
+    "Whether the run in `folder` is another code's and shall be made again; Stale when nobody has said."
     path = folder/"params.json"
-    if path.exists() and (changed := changed_sources(read_json(path), recipe)) and stale != "keep":
-        if stale != "rerun":
-            raise Stale(f"{folder} was made by other code: {', '.join(changed)} changed since. Train it again with "
-                        "stale='rerun' (the old folder is kept beside it), or use it as it is with stale='keep'")
-        folder.rename(folder.with_name(f"{folder.name}.stale-{int(time.time() * 1000)}"))
-        make_folder(folder)
-    if path.exists(): return
-    values = {f.name: getattr(recipe, f.name) for f in fields(recipe)} | dict(data=splits)
-    described = describe(values, folder) if nproc > 1 or storable(values) else describe(values)
-    write_json(folder/"env.json", environment(splits, nproc))
-    write_json(path, dict(hash=hash8(decided), decided=decided, recipe=described, sources=recipe_sources(recipe),
-                          packages=packages(recipe)))
+    changed = changed_sources(read_json(path), recipe) if path.exists() else []
+    if changed and stale == "refuse":
+        raise Stale(f"{folder} was made by other code: {', '.join(changed)} changed since. Train it "
+                    "again with stale='rerun' (the old run is kept beside it), or use it as it is with "
+                    "stale='keep'")
+    return bool(changed) and stale == "rerun"
 
-# %% ../../nbs/trainers/07_fit.ipynb #2080a784
+def set_run_aside(folder:Path) -> Path:
+    "The folder, beside this one, that everything in it is moved to; what says that it is stale moves last."
+    old = make_folder(folder.with_name(f"{folder.name}.stale-{time.time_ns() // 10**6}"))
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "params.json"):
+        if path.name != ".lock": path.rename(old/path.name)
+    return old
+
+# %% ../../nbs/trainers/07_fit.ipynb #513225c1
+def prepare_folder(recipe:Recipe, splits, folder:Path, decided:dict, nproc:int, stale:str) -> None:
+    "env.json of a new run, and params.json with what it names and where that lies today."
+    if check_stale(recipe, folder, stale): set_run_aside(folder)
+    path = folder/"params.json"
+    old = read_json(path) if path.exists() else {}
+    values = {f.name: getattr(recipe, f.name) for f in fields(recipe)} | dict(data=splits)
+    described = describe_items(values, folder if nproc > 1 or storable(values) else None)
+    params = dict(hash=hash8(decided), decided=decided, recipe=described,
+                  sources=old.get("sources", recipe_sources(recipe)), packages=packages(recipe, splits))
+    if not old: write_json(folder/"env.json", environment(splits, nproc))
+    if old != json.loads(json.dumps(params)): write_json(path, params)
+
+# %% ../../nbs/trainers/07_fit.ipynb #005afd12
 def storable(values:dict) -> bool:
     "Whether `values` can be described with the paths of its runs."
-    try: return bool(describe(values, Path.cwd()))
+    try: return bool(describe_items(values, Path.cwd()))
     except TypeError: return False
 
-# %% ../../nbs/trainers/07_fit.ipynb #8766af2e
+# %% ../../nbs/trainers/07_fit.ipynb #40d25027
 def fit(recipe:Recipe,
         run_dir:str|Path,          # folder and role, e.g. runs/gkd/chasedb1/teacher; "-<hash>" is added
         nproc:int=1,               # processes (DDP by torchrun) on this machine
@@ -145,30 +166,34 @@ def fit(recipe:Recipe,
         stale:str="refuse",        # code changed since: "refuse" | "rerun" | "keep"
         trackers:tuple[str, ...]=(), # "tensorboard" | "mlflow" | "wandb", through accelerate
         ) -> Run:
-    """Train, or continue, or return at once when it is complete: the Run in `run_dir`-<hash of what decides it>.
+    """Train, or continue, or return at once when it is complete: the Run in `run_dir`-<hash of what
+    decides it>.
 
-    Raises Stale, NotFinite, Damaged, ValueError (recipe, teacher), OSError (folder); what was written stays usable."""
-    from medkd.trainers.launch import launch
-    if stale not in ("refuse", "rerun", "keep"): raise ValueError(f"stale={stale!r}; expected refuse, rerun or keep")
+    Raises Stale, NotFinite, Damaged, ValueError (recipe, teacher), OSError (folder), RuntimeError
+    (another process trains it, or one of `nproc` failed); what was written stays usable."""
+    if stale not in ("refuse", "rerun", "keep"):
+        raise ValueError(f"stale={stale!r}; expected refuse, rerun or keep")
     check_trackers(trackers)
     splits = load_splits(recipe.data)
     if nproc > 1: check_recipe_portable(recipe, splits)
     precision = resolve_precision(recipe.precision, "cuda" if torch.cuda.is_available() else "cpu")
     decided = decided_by(recipe, splits, make_teacher(recipe.teacher), precision)
-    folder = make_folder(Path(f"{run_dir}-{hash8(decided)}"))
-    with writing(folder):
-        prepare_folder(recipe, splits, folder, decided, nproc, stale)
-        if not (folder/"report.json").exists():
-            options = workers, save_every, trackers
-            if nproc > 1: launch(folder, nproc, packages(recipe), *options)
+    folder, options = Path(f"{run_dir}-{hash8(decided)}"), (workers, save_every, trackers)
+    if not (folder/"report.json").exists() or check_stale(recipe, folder, stale):
+        with writing(make_folder(folder)):
+            prepare_folder(recipe, splits, folder, decided, nproc, stale)
+            if (folder/"report.json").exists(): pass # another process was faster
+            elif nproc > 1: launch(folder, nproc, packages(recipe, splits), *options)
             else: (recipe.trainer or Trainer)(recipe, splits, folder, precision, hash8(decided), *options).fit()
     return Run(folder, network_maker(recipe.student), packages(recipe))
 
-# %% ../../nbs/trainers/07_fit.ipynb #d7347681
+# %% ../../nbs/trainers/07_fit.ipynb #feed12bf
 def check_trackers(trackers:tuple[str, ...]) -> None:
     "ValueError for a tracker that is unknown or not installed; accelerate would leave it out silently."
+    if not trackers: return
     from accelerate.tracking import get_available_trackers
     available = [str(getattr(t, "value", t)) for t in get_available_trackers()]
     for name in trackers:
         if name not in available:
-            raise ValueError(f"tracker {name!r} is unknown or not installed; here are {', '.join(available) or 'none'}")
+            raise ValueError(f"tracker {name!r} is unknown or not installed; here are "
+                             f"{', '.join(available) or 'none'}")

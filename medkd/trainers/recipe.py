@@ -4,7 +4,7 @@
 __all__ = ['PRECISIONS', 'Weight', 'constant', 'poly', 'cosine', 'resolve_precision', 'Adversary', 'Recipe', 'check_recipe',
            'check_weights', 'make_teacher', 'decided_by', 'hash8']
 
-# %% ../../nbs/trainers/01_recipe.ipynb #2683002a
+# %% ../../nbs/trainers/01_recipe.ipynb #93b403ae
 import hashlib
 import json
 import math
@@ -14,9 +14,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-from ..core import Taps, Term, weights_sha256
+from ..core import Taps, Term, isolated_rng, weights_sha256
 from ..inference import dice_score
-from .run import Run, describe, network_maker
+from .run import Run, describe_items, network_maker
 
 # %% ../../nbs/trainers/01_recipe.ipynb #29705a80
 def constant(epoch:float, epochs:float) -> float:
@@ -31,27 +31,32 @@ def cosine(epoch:float, epochs:float) -> float:
     "Half a cosine from 1 to 0."
     return .5 * (1 + math.cos(math.pi * min(1., epoch / epochs)))
 
-# %% ../../nbs/trainers/01_recipe.ipynb #5e596202
+# %% ../../nbs/trainers/01_recipe.ipynb #e373f0af
 PRECISIONS = dict(fp32="no", bf16="bf16", fp16="fp16") # ours -> accelerate's
 
 def resolve_precision(precision:str, # "auto" | "fp32" | "bf16" | "fp16"
                       device:str     # "cuda" | "cpu" | ...
                       ) -> str:
     "`precision`; for auto bf16 where the hardware has it natively, else fp32."
-    if precision in PRECISIONS: return precision
-    if precision != "auto": raise ValueError(f"precision {precision!r}; expected auto, {', '.join(PRECISIONS)}")
+    if precision not in ("auto", *PRECISIONS):
+        raise ValueError(f"precision {precision!r}; expected auto, {', '.join(PRECISIONS)}")
+    if (precision, device) == ("fp16", "cpu"):
+        raise ValueError("precision 'fp16' needs a GPU, and there is none here; use 'bf16' or 'fp32'")
+    if precision != "auto": return precision
     if device == "cuda": return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
-# %% ../../nbs/trainers/01_recipe.ipynb #77550e5b
+# %% ../../nbs/trainers/01_recipe.ipynb #723663c1
 class Adversary(nn.Module):
-    """Base of a discriminator: its network is made in `build`, its parameters are outside the student's optimiser.
+    """Base of a discriminator: its network is made in `build`, its parameters are outside the
+    student's optimiser.
 
     `names` are the scalars of `student`, keys of Recipe.weights like a term's; `needs` its taps."""
     names: tuple[str, ...] = ("adversarial",)
     needs: tuple = ((), ())
 
-    def __init__(self, lr:float=2e-4, optimiser:Callable=torch.optim.Adam, # (parameters, lr=) -> optimiser
+    def __init__(self, lr:float=2e-4,
+                 optimiser:Callable=torch.optim.Adam, # (parameters, lr=) -> optimiser
                  schedule:Callable[[float, float], float]=constant):       # factor of lr
         super().__init__()
         self.lr, self.optimiser, self.schedule = lr, optimiser, schedule
@@ -98,21 +103,23 @@ class Recipe:
         object.__setattr__(self, "weights", numbers)
         object.__setattr__(self, "terms", tuple(self.terms))
 
-# %% ../../nbs/trainers/01_recipe.ipynb #bab11857
+# %% ../../nbs/trainers/01_recipe.ipynb #8e48ee6c
 def check_recipe(recipe:Recipe) -> None:
     "One ValueError or TypeError for the first field that cannot be meant."
     if recipe.epochs is not None and recipe.steps is not None:
         raise ValueError(f"epochs={recipe.epochs} and steps={recipe.steps} contradict each other; give one")
     for name in ("epochs", "steps", "lr", "batch_size", "validate_every", "clip"):
         value = getattr(recipe, name)
-        if value is not None and not value > 0: raise ValueError(f"{name}={value!r}; expected a positive number")
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value!r}; expected a positive number")
     if isinstance(recipe.terms, (str, Mapping)) or callable(recipe.terms):
         raise TypeError("terms is a tuple of Term classes, for example (Seg, KD)")
     for term in recipe.terms:
         if isinstance(term, Term) or not callable(term):
-            raise TypeError(f"terms holds {term!r}; give the class, or functools.partial of it with its arguments")
-    if not callable(recipe.student) and not isinstance(recipe.student, Run): network_maker(recipe.student)
-    resolve_precision(recipe.precision, "cpu")
+            raise TypeError(f"terms holds {term!r}; give the class, or functools.partial of it with "
+                            "its arguments")
+    network_maker(recipe.student)
+    resolve_precision(recipe.precision, "any")
 
 # %% ../../nbs/trainers/01_recipe.ipynb #9944af35
 def check_weights(weights:Mapping[str, Weight], # Recipe.weights
@@ -126,24 +133,25 @@ def check_weights(weights:Mapping[str, Weight], # Recipe.weights
     if missing: raise KeyError(f"no weight for {', '.join(missing)}; the terms give {', '.join(names)}")
     if extra: raise KeyError(f"no term gives {', '.join(extra)}; the terms give {', '.join(names)}")
 
-# %% ../../nbs/trainers/01_recipe.ipynb #ce63c381
+# %% ../../nbs/trainers/01_recipe.ipynb #0eba80af
 def make_teacher(value # Run, trained network, callable that loads weights itself, or None
                  ) -> nn.Module|None:
-    "The teacher a recipe names. A callable that would give random weights: ValueError."
+    """The teacher a recipe names; what making it draws leaves no trace, so that the student starts alike
+    with any teacher. A callable that would give random weights: ValueError."""
     if value is None: return None
     loads = getattr(getattr(value, "func", value), "loads_weights", False)
     if not isinstance(value, (Run, nn.Module)) and not loads:
         raise ValueError(f"the teacher {value!r} is a fresh network; give a Run, a trained network, or "
                          "partial(load_network, network, weights)")
-    return network_maker(value)()
+    with isolated_rng(): return network_maker(value)()
 
-# %% ../../nbs/trainers/01_recipe.ipynb #c0f61c3f
+# %% ../../nbs/trainers/01_recipe.ipynb #161396e1
 def decided_by(recipe:Recipe, splits, # Recipe.data, loaded
                teacher:nn.Module|None, precision:str) -> dict:
     "What decides the result, as data that is equal on every machine."
     plain = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
     teach = teacher and {"network": type(teacher).__name__, "sha256": weights_sha256(teacher)}
-    return describe(plain | dict(data=None, teacher=None)) | dict(
+    return describe_items(plain | dict(data=None, teacher=None)) | dict(
         data={"name": splits.name, "sha256": splits.sha256}, teacher=teach, precision=precision)
 
 def hash8(decided:dict) -> str:
