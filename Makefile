@@ -14,9 +14,11 @@ install: .venv/installed
 
 demo: .venv/installed
 	mkdir -p $(OUT)
-	$(BIN)/papermill papers/gkd.ipynb $(OUT)/gkd_phantom.ipynb -p preset quick --no-progress-bar --log-output
-	@$(BIN)/python -m medkd runs --paper gkd --dataset phantom-chasedb1 --outputs
+	$(BIN)/papermill papers/gkd.ipynb $(OUT)/gkd_phantom.ipynb -p runs $(OUT)/runs --no-progress-bar --log-output
+	@cat $(OUT)/runs/gkd/phantom-chasedb1/results.md
 	@echo "rendered notebook: $(OUT)/gkd_phantom.ipynb"
+	@echo "figures:           $(OUT)/runs/gkd/phantom-chasedb1/figures/"
+	@echo "result table:      $(OUT)/runs/gkd/phantom-chasedb1/results.md"
 
 test: .venv/installed
 	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2
@@ -33,7 +35,9 @@ check: .venv/installed
 	$(BIN)/python tests/check_sync.py
 	$(BIN)/python -m pyflakes medkd
 
+# nbs/ -> medkd/ and README.md, everything clean
 export: .venv/installed
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_clean --fname papers
+	$(BIN)/python tests/make_readme.py
