@@ -84,10 +84,10 @@ def test_every_axis_has_a_name_and_no_title_overlaps(world, source):
     assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
 
 def test_panel_reuses_its_figure(world):
-    "A hundred moves draw into one array and keep no memory."
+    "Its moves draw into one array and keep no memory."
     panel = world["threshold_panel"](world["items"], world["predictions"])
     def sweep():
-        for k in range(50): panel.threshold.value = .2 + .01 * k
+        for k in range(15): panel.threshold.value = .2 + .01 * k
     figure = panel.figure
     sweep()
     tracemalloc.start()
