@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medkd.core import Term, gather_rows, weights_sha256
+from medkd.core import Term, freeze, gather_rows, resize, weights_sha256
 from medkd.data.base import Splits
 from medkd.losses.at import AT
 from medkd.losses.logits import KD
@@ -100,13 +100,19 @@ teacher.loads_weights = True
 # terms
 class Projected(Term):
     "Squared difference of encoders, through a projector that is made in `build`."
-    names, needs = ("projected",), (("encoder",), ("encoder",))
+    names = ("projected",)
+
+    def __init__(self, student="encoder"):
+        super().__init__()
+        self.needs = (student,), ("encoder",)
 
     def build(self, student_shapes, teacher_shapes):
-        self.projector = nn.Conv2d(student_shapes["encoder"][1], teacher_shapes["encoder"][1], 1)
+        tap, = self.needs[0]
+        self.projector = nn.Conv2d(student_shapes[tap][1], teacher_shapes["encoder"][1], 1)
 
     def forward(self, student, teacher, batch, active):
-        return dict(projected=F.mse_loss(self.projector(student["encoder"]), teacher["encoder"]))
+        mine = self.projector(student[self.needs[0][0]])
+        return dict(projected=F.mse_loss(resize(mine, teacher["encoder"].shape[2:]), teacher["encoder"]))
 
 
 class Queued(Term):
@@ -126,6 +132,18 @@ class Queued(Term):
         return dict(queued=loss)
 
 
+class Assisted(Term):
+    "Distance to what another run's network makes of the image."
+    names = ("assisted",)
+
+    def __init__(self, assistant):
+        super().__init__()
+        self.assistant = (freeze(assistant.network()),)
+
+    def forward(self, student, teacher, batch, active):
+        return dict(assisted=F.mse_loss(student["out"], self.assistant[0](batch["image"])))
+
+
 class Drawn(Term):
     "Logits pulled to a random image, drawn from torch's, NumPy's and Python's generators."
     names = ("drawn",)
@@ -139,8 +157,13 @@ class Judge(Adversary):
     "Tells the student's logits from the teacher's."
     needs = (("out",), ("out",))
 
+    def __init__(self, norm=True, **options):
+        super().__init__(**options)
+        self.norm = norm
+
     def build(self, student_shapes, teacher_shapes):
-        self.net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 3))
+        norm = nn.BatchNorm2d(4) if self.norm else nn.Identity()
+        self.net = nn.Sequential(nn.Conv2d(2, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 1, 3))
 
     def student(self, student, teacher, batch):
         return dict(adversarial=-self.net(student["out"]).mean())
@@ -148,6 +171,9 @@ class Judge(Adversary):
     def forward(self, student, teacher, batch):
         real, fake = self.net(teacher["out"]), self.net(student["out"])
         return dict(judge=F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+def from_second_step(epoch): return float(epoch > 0)
 
 
 # recipes
@@ -203,6 +229,15 @@ def exit_code(process, seconds=60):
     return process.exitcode
 
 
+def wait_for(condition, seconds=60):
+    "What `condition()` gives as soon as that is true."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition(): return found
+        time.sleep(.02)
+    raise TimeoutError(f"not within {seconds} s")
+
+
 def train_and_die(recipe, root, where, count, when="before", **options):
     "`fit`, killed at call number `count` of the function with the dotted name `where`."
     die_at(where, count, when)
@@ -234,3 +269,10 @@ class Digests(Trainer):
             objective=weights_sha256(self.module), adversary=self.adversary and weights_sha256(self.adversary),
             keys=state[queue[0]].tolist() if queue else None))
         return super().finish()
+
+
+class Losing(Trainer):
+    "Its second process fails in the second step."
+    def step(self, batch):
+        if self.rank == 1 and self.step_number == 1: raise OSError("rank 1 is lost")
+        return super().step(batch)

@@ -5,7 +5,7 @@ __all__ = ['PACKAGES', 'versions', 'git_state', 'cpu_name', 'environment', 'Stal
            'check_portable', 'check_recipe_portable', 'load_splits', 'packages', 'check_stale', 'set_run_aside',
            'prepare_folder', 'storable', 'fit', 'check_trackers']
 
-# %% ../../nbs/trainers/07_fit.ipynb #cec00c93
+# %% ../../nbs/trainers/07_fit.ipynb #eef22daa
 import json
 import platform
 import subprocess
@@ -21,7 +21,6 @@ import torch
 from ..files import make_folder, read_json, write_json, writing
 from .recipe import Recipe, decided_by, hash8, make_teacher, resolve_precision
 from .run import Run, describe_items, dotted, importable, network_maker, source_sha256, sources
-from .launch import launch
 from .trainer import Trainer
 
 # %% ../../nbs/trainers/07_fit.ipynb #87e35f40
@@ -96,9 +95,11 @@ def check_portable(value, where:str="recipe") -> None:
         raise ValueError(f"{where}: {name} is known to this process only; with nproc > 1 give a Run, or "
                          "a function or class from a module that can be imported")
 
-# %% ../../nbs/trainers/07_fit.ipynb #42f12fd9
-def check_recipe_portable(recipe:Recipe, splits) -> None:
-    "ValueError when the recipe cannot travel to other processes."
+# %% ../../nbs/trainers/07_fit.ipynb #618a9703
+def check_recipe_portable(recipe:Recipe, splits, nproc:int) -> None:
+    "ValueError when the recipe cannot travel to other processes, or its batch not be divided."
+    if recipe.batch_size % nproc:
+        raise ValueError(f"batch_size {recipe.batch_size} cannot be divided over {nproc} processes")
     for f in fields(recipe):
         if f.name != "data": check_portable(getattr(recipe, f.name), f.name)
     if splits.origin is None:
@@ -157,7 +158,7 @@ def storable(values:dict) -> bool:
     try: return bool(describe_items(values, Path.cwd()))
     except TypeError: return False
 
-# %% ../../nbs/trainers/07_fit.ipynb #40d25027
+# %% ../../nbs/trainers/07_fit.ipynb #fceb6812
 def fit(recipe:Recipe,
         run_dir:str|Path,          # folder and role, e.g. runs/gkd/chasedb1/teacher; "-<hash>" is added
         nproc:int=1,               # processes (DDP by torchrun) on this machine
@@ -171,11 +172,12 @@ def fit(recipe:Recipe,
 
     Raises Stale, NotFinite, Damaged, ValueError (recipe, teacher), OSError (folder), RuntimeError
     (another process trains it, or one of `nproc` failed); what was written stays usable."""
+    from medkd.trainers.launch import launch # which runs as a program, too
     if stale not in ("refuse", "rerun", "keep"):
         raise ValueError(f"stale={stale!r}; expected refuse, rerun or keep")
     check_trackers(trackers)
     splits = load_splits(recipe.data)
-    if nproc > 1: check_recipe_portable(recipe, splits)
+    if nproc > 1: check_recipe_portable(recipe, splits, nproc)
     precision = resolve_precision(recipe.precision, "cuda" if torch.cuda.is_available() else "cpu")
     decided = decided_by(recipe, splits, make_teacher(recipe.teacher), precision)
     folder, options = Path(f"{run_dir}-{hash8(decided)}"), (workers, save_every, trackers)

@@ -55,12 +55,12 @@ def signal_group(process:subprocess.Popen, number:int) -> None:
     try: os.killpg(process.pid, number)
     except ProcessLookupError: pass
 
-# %% ../../nbs/trainers/06_launch.ipynb #40572e20
+# %% ../../nbs/trainers/06_launch.ipynb #5c49839c
 def watch_input() -> None:
     """When the parent's end of standard input closes: torchrun is asked to stop, which lets its processes
     write a checkpoint, and after 5 s made to."""
     def wait():
-        sys.stdin.buffer.read()
+        while os.read(0, 1): pass
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -74,8 +74,8 @@ def watch_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     threading.Thread(target=wait, daemon=True).start()
 
-# %% ../../nbs/trainers/06_launch.ipynb #12394763
-def agent(args:argparse.Namespace, rest:list[str]) -> None:
+# %% ../../nbs/trainers/06_launch.ipynb #6fc7c8a2
+def agent(args:argparse.Namespace) -> None:
     "torchrun on this machine; its processes talk through the loopback interface."
     from torch.distributed.run import main as torchrun
     watch_input()
@@ -83,7 +83,9 @@ def agent(args:argparse.Namespace, rest:list[str]) -> None:
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     if loopback: os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
     torchrun(["--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", str(args.nproc),
-              "-m", "medkd.trainers.launch", "worker", str(args.folder), *rest])
+              "-m", "medkd.trainers.launch", "worker", str(args.folder), "--allow", ",".join(args.allow),
+              "--workers", str(args.workers), "--save-every", str(args.save_every),
+              "--trackers", ",".join(args.trackers)])
 
 # %% ../../nbs/trainers/06_launch.ipynb #51f6214c
 def worker(args:argparse.Namespace) -> None:
@@ -106,7 +108,7 @@ def worker(args:argparse.Namespace) -> None:
                                 args.save_every, args.trackers).fit()
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
-# %% ../../nbs/trainers/06_launch.ipynb #1c5ba18e
+# %% ../../nbs/trainers/06_launch.ipynb #831b72cc
 def names(text:str) -> tuple[str, ...]:
     "Comma-separated names."
     return tuple(filter(None, text.split(",")))
@@ -121,10 +123,8 @@ def main(argv:list[str]|None=None) -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--save-every", type=float, default=60.)
     parser.add_argument("--trackers", type=names, default=())
-    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    if args.role == "worker": worker(args)
-    else: agent(args, argv[2:])
+    (worker if args.role == "worker" else agent)(args)
 
 # %% ../../nbs/trainers/06_launch.ipynb #cc2eb0f5
 if __name__ == "__main__" and "__file__" in globals(): main()

@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['interrupts', 'make_optimiser', 'on_device', 'none_if_nan', 'make_accelerator', 'ddp_options', 'Trainer']
 
-# %% ../../nbs/trainers/05_trainer.ipynb #5f4b4361
+# %% ../../nbs/trainers/05_trainer.ipynb #7c7bd7b6
 import json
 import math
+import os
 import resource
 import signal
 import threading
@@ -66,17 +67,21 @@ def none_if_nan(value:float) -> float|None:
     "JSON has no NaN and no infinity."
     return value if math.isfinite(value) else None
 
-# %% ../../nbs/trainers/05_trainer.ipynb #775ec830
+# %% ../../nbs/trainers/05_trainer.ipynb #2cfd2133
 def make_accelerator(precision:str, trackers:Sequence[str], folder:Path):
-    """accelerate for this run. A process may train in another precision than before; the others wait for
-    a long validation on the first one; the death of one ends all by torchrun, not by a timeout."""
+    """accelerate for this run. A process may train in another precision than before. Of several, the
+    others wait for a long validation on the first; when one dies, torchrun ends all."""
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
     before = AcceleratorState._shared_state.get("_mixed_precision", PRECISIONS[precision])
     if before != PRECISIONS[precision]: AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=PRECISIONS[precision], log_with=list(trackers) or None,
-                       project_dir=str(folder),
-                       kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    accelerator = Accelerator(
+        cpu=world > 1 and not torch.cuda.is_available(), mixed_precision=PRECISIONS[precision],
+        log_with=list(trackers) or None, project_dir=str(folder),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
+    if accelerator.num_processes == world: return accelerator
+    raise RuntimeError(f"{world} processes were started and {accelerator.num_processes} found each other")
 
 def ddp_options(find_unused:bool # some parameters may stay without a gradient in a step
                 ):
@@ -262,7 +267,7 @@ def adversary_step(self:Trainer, student:Taps, work:Step) -> dict[str, float]:
     self.adversary_optimiser.zero_grad()
     return values
 
-# %% ../../nbs/trainers/05_trainer.ipynb #de14858e
+# %% ../../nbs/trainers/05_trainer.ipynb #42e02df6
 @patch
 def fit(self:Trainer) -> dict:
     "Train to the end; the report."
@@ -274,8 +279,9 @@ def fit(self:Trainer) -> dict:
     with interrupts() as came:
         for batch in training_loader(places, self.workers, self.device.type == "cuda"):
             self.advance(on_device(batch, self.device), came)
+    report = self.finish()
     self.accelerator.end_training()
-    return self.finish()
+    return report
 
 @patch
 def advance(self:Trainer, batch:dict, came:list[int]) -> None:
