@@ -178,7 +178,7 @@ def attention(feature:Tensor|np.ndarray # (B,C,H,W)
     if feature.ndim != 4: raise ValueError(f"a tap is {feature.shape}; expected (B,C,H,W), a 2-D network")
     return (feature[0].astype(np.float32)**2).mean(0)
 
-# %% ../nbs/04_show.ipynb #d4bb913a
+# %% ../nbs/04_show.ipynb #3f3e3485
 @styled()
 def show_taps(student:Mapping[str, Tensor], # tap -> (B,C,H,W), e.g. Taps
               teacher:Mapping[str, Tensor],
@@ -193,6 +193,7 @@ def show_taps(student:Mapping[str, Tensor], # tap -> (B,C,H,W), e.g. Taps
         line[0].set_ylabel(row)
         for ax, name in zip(line, names):
             if name not in maps[row]: continue
-            ax.imshow(maps[row][name], cmap="magma")
+            low, high = np.percentile(maps[row][name], (2, 95))
+            ax.imshow(maps[row][name], cmap="magma", vmin=low, vmax=high)
             ax.set_title(f"{name}\n{'×'.join(map(str, rows[row][name].shape[1:]))}")
     return figure
