@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['write_atomic', 'staged', 'checksums', 'file_sha256', 'content_sha256', 'read_json', 'try_write', 'cached', 'pack',
-           'unpack', 'read_marker', 'write_marker', 'check_member', 'safe_extract']
+           'unpack', 'decode', 'digest', 'require', 'read_marker', 'write_marker', 'check_member', 'safe_extract']
 
-# %% ../../nbs/data/01_files.ipynb #909e1455
+# %% ../../nbs/data/01_files.ipynb #bef68c1d
 import gzip
 import hashlib
 import io
@@ -14,12 +14,14 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from stat import S_ISLNK
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from .base import cache_root
 
@@ -142,6 +144,34 @@ def unpack(data:bytes # from `pack`
         raise ValueError("checksum differs")
     with np.load(io.BytesIO(payload), allow_pickle=False) as file:
         return dict(file)
+
+# %% ../../nbs/data/01_files.ipynb #e9d76aca
+def decode(path:Path, # .jpg .png .tif .gif .ppm.gz
+           mode:str,  # "RGB", or "L" for grey
+           ) -> np.ndarray: # uint8, (H,W,3) or (H,W)
+    "The pixels of an image file. ValueError when it is damaged."
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        return np.asarray(Image.open(io.BytesIO(data)).convert(mode))
+    except UnidentifiedImageError as error:
+        raise ValueError("cannot be decoded (not an image, or cut off near its start)") from error
+    except (EOFError, zlib.error, OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"cannot be decoded ({error})") from error
+
+# %% ../../nbs/data/01_files.ipynb #fe6c0143
+def digest(pixels:np.ndarray) -> str:
+    "A sha256 of size and values."
+    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+
+# %% ../../nbs/data/01_files.ipynb #b4e61e2f
+def require(name:str, folder:Path, names:Sequence[str]):
+    "One FileNotFoundError for all that is missing."
+    missing = [path for path in names if not (folder / path).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} is incomplete: {len(missing)} of {len(names)} files are missing, first "
+            f"{', '.join(missing[:3])}; copy it again (python -m medkd verify {name} lists all)")
 
 # %% ../../nbs/data/01_files.ipynb #5bcafcdb
 def read_marker(folder:Path # of a data set
