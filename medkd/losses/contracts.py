@@ -26,8 +26,10 @@ def shapes(taps:Taps) -> dict[str, tuple[int, ...]]:
 
 # %% ../../nbs/losses/00_contracts.ipynb #b21ea23b
 def leaves(taps:Taps) -> Taps:
-    "Copies that want gradients."
-    return Taps({name: t.detach().clone().requires_grad_() for name, t in taps.items()})
+    "Copies that want gradients, those among the features too; decoded as `taps` are."
+    copies = {name: t.detach().clone().requires_grad_() for name, t in taps.items()}
+    features = taps.features and {name: copies.get(name, t) for name, t in taps.features.items()}
+    return Taps(copies, features, taps._decoder)
 
 # %% ../../nbs/losses/00_contracts.ipynb #ddaccfca
 def gradients(taps:Taps) -> float:

@@ -109,14 +109,16 @@ def suspects(batch:Mapping, logits:Tensor) -> list[str]:
         if bad and len(healthy) == len(batch["case"]): return bad
     return list(batch["case"])
 
-# %% ../../nbs/trainers/02_objective.ipynb #698ece54
+# %% ../../nbs/trainers/02_objective.ipynb #4fb354ad
 def check_taps(taps:Taps, whose:str, batch:Mapping) -> None:
-    "ValueError for a tap that is constant, NotFinite with the cases for one that is not finite."
+    """ValueError for a tap that is constant in every channel, NotFinite with the cases for one that is
+    not finite."""
     for name, tap in taps.items():
         if not torch.isfinite(tap).all():
             raise NotFinite(f"tap {name!r} of the {whose} is not finite before the first step, cases "
                             f"{', '.join(suspects(batch, tap))}")
-        if tap.numel() > 1 and (tap == tap.flatten()[0]).all():
+        values = tap.transpose(0, 1).flatten(1) # (C, values of this channel)
+        if values.shape[1] > 1 and (values == values[:, :1]).all():
             raise ValueError(f"tap {name!r} of the {whose} is constant")
 
 # %% ../../nbs/trainers/02_objective.ipynb #1010bf94
