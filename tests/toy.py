@@ -5,12 +5,14 @@ import os
 import random
 import signal
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import accelerate  # noqa: F401  (imported once, by the server that forks the children)
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -57,7 +59,7 @@ class Careless(Squares):
 
 class Slow(Sampled):
     def sample(self, i, rng):
-        time.sleep(.05)
+        time.sleep(.03)
         return super().sample(i, rng)
 
 
@@ -218,6 +220,7 @@ def in_child(target, *args, **kwargs):
 
 def _lead(target, args, kwargs):
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True) # of DataLoader workers, as everywhere on Linux
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     target(*args, **kwargs)
@@ -276,3 +279,44 @@ class Losing(Trainer):
     def step(self, batch):
         if self.rank == 1 and self.step_number == 1: raise OSError("rank 1 is lost")
         return super().step(batch)
+
+
+# disturbances
+def change(path, how): path.write_bytes(how(path.read_bytes()))
+
+
+@contextmanager
+def patched(owner, name, value):
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try: yield original
+    finally: setattr(owner, name, original)
+
+
+@contextmanager
+def stopping_after(step):
+    "Training raises KeyboardInterrupt when `step` is done and saved."
+    advance = Trainer.advance
+    def stopping(self, batch, came):
+        advance(self, batch, came)
+        if self.step_number == step: raise KeyboardInterrupt
+    with patched(Trainer, "advance", stopping): yield
+
+
+@contextmanager
+def interrupting_in_step(step):
+    "SIGINT arrives while step number `step` (from 1) is computed."
+    work = Trainer.work
+    def interrupted(self, batch, active):
+        if self.step_number == step - 1 and hasattr(self, "rows"): signal.raise_signal(signal.SIGINT)
+        return work(self, batch, active)
+    with patched(Trainer, "work", interrupted): yield
+
+
+def loader_workers():
+    "Children of this process that are no server of multiprocessing."
+    def words(process):
+        try: return " ".join(process.cmdline())
+        except psutil.Error: return "server"
+    return [p for p in psutil.Process().children()
+            if not any(word in words(p) for word in ("forkserver", "resource_tracker", "server"))]
