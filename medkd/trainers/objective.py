@@ -78,16 +78,19 @@ class Teacher:
 # %% ../../nbs/trainers/02_objective.ipynb #9669f275
 class Predictor(nn.Module):
     """A student as `validate` sees it: `forward(x)` gives logits, `input(batch)` what the student reads,
-    `tile` its size."""
+    `teach(batch)` the teacher's Taps (empty without one), `tile` the size of what it reads."""
     def __init__(self, student:nn.Module, teacher:Teacher|None=None, student_input:Callable|None=None,
                  tile:Sequence[int]|None=None, autocast:Callable=nullcontext):
         super().__init__()
         self.student, self.tile = Tapped(student, autocast=autocast), tile
         self._input, self._teacher = student_input, (teacher,)
 
+    def teach(self, batch:Mapping) -> Taps:
+        teacher, = self._teacher
+        return teacher.taps(batch) if teacher else Taps()
+
     def input(self, batch:Mapping) -> Tensor:
-        shown = self._teacher[0].taps(batch) if self._input else None
-        return student_sees(batch, shown, self._input)
+        return student_sees(batch, self.teach(batch) if self._input else None, self._input)
 
     def forward(self, x:Tensor) -> Tensor: return self.student(x)["out"]
 
