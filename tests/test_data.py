@@ -411,8 +411,8 @@ def test_zip_without_links(tmp_path):
 # the real data sets --------------------------------------------------------------------------------
 
 REAL = [pytest.param(name, marks=pytest.mark.skipif(
-    not (data_root() / source.folder).is_dir(), reason=f"MEDKD_DATA holds no {source.folder}"))
-    for name, source in data.DATASETS.items()]
+    not (data_root() / data.DATASETS[name].folder).is_dir(),
+    reason=f"MEDKD_DATA holds no {data.DATASETS[name].folder}")) for name in LAYOUTS]
 
 
 @pytest.mark.parametrize("name", REAL)

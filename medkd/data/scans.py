@@ -27,8 +27,8 @@ class Scan:
         "Distance of slices, rows and columns in mm."
         return tuple(float(step) for step in np.linalg.norm(self.affine[:3, :3], axis=0))
 
-# %% ../../nbs/data/07_scans.ipynb #f5230dc2
-def same_grid(a:Scan, b:Scan, tolerance:float=.01 # mm
+# %% ../../nbs/data/07_scans.ipynb #1f702d3d
+def same_grid(a:Scan, b:Scan, tolerance:float=.1 # mm
               ) -> bool:
     "Whether the corners of both lie at the same places."
     corner = np.array([*np.subtract(a.pixels.shape, 1), 1])
