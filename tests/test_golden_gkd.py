@@ -1,0 +1,67 @@
+"""The first 20 losses of every training of a paper notebook on its phantom are what they were.
+
+The recipes are those of the notebook's own cells. Training from scratch amplifies rounding by about 10^5 within 20
+steps, so in float32 the losses of the recipe's own learning rate repeat on one machine with one number of threads only.
+So: `float32` with a learning rate that keeps rounding small, `float64` with the recipe's own. The numbers are written by
+`python tests/test_golden_gkd.py`.
+"""
+import json
+import os
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from notebooks import Cells, cache, shared  # noqa: F401
+
+from medkd.files import read_json, write_json
+
+GOLDEN = Path(__file__).with_name("golden_gkd.json")
+STEPS = 20
+ARITHMETIC = dict(float32=dict(lr=1e-6, patch=64), float64=dict(lr=None, patch=32))
+
+
+def double(make): return make().double()
+
+
+def unscored(net, loader): return dict(dice=0.)
+
+
+def curves(arithmetic):
+    "Losses of every step: training -> term -> 20 numbers."
+    lr, patch = ARITHMETIC[arithmetic].values()
+    make = partial(partial, double) if arithmetic == "float64" else lambda network: network
+    cells = Cells(preset="smoke", precision="fp32", steps=STEPS, teacher_steps=STEPS, methods="kd,at")
+    cells.run_to("source = load(", skip=["figure("])
+    here = cells.namespace
+    here["source"] = here["load"]("phantom:chasedb1", patch=patch)
+    for arrays in here["source"].train.arrays: arrays["image"] = arrays["image"].astype(arithmetic)
+    cells.run_to("baseline = ", skip=["figure("])
+    student = replace(here["baseline"], student=make(here["make_student"]), validate=unscored, **(dict(lr=lr) if lr else {}))
+    with tempfile.TemporaryDirectory() as folder:
+        runs = dict(teacher=here["fit"](replace(student, student=make(here["make_teacher"])), f"{folder}/teacher"))
+        for name, (terms, weights) in dict(student=(student.terms, student.weights), **here["wanted"]).items():
+            teacher = runs["teacher"] if name in here["wanted"] else None
+            runs[name] = here["fit"](replace(student, teacher=teacher, terms=terms, weights=weights), f"{folder}/{name}")
+        return {name: by_term(run.metrics("train")) for name, run in runs.items()}
+
+
+def by_term(rows): return {term: [row["losses"][term] for row in rows] for term in rows[0]["losses"]}
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+def test_losses_are_what_they_were(arithmetic, tmp_path, monkeypatch, cache):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    expected, found = read_json(GOLDEN)[arithmetic], curves(arithmetic)
+    assert {name: list(terms) for name, terms in found.items()} == {name: list(terms) for name, terms in expected.items()}
+    for name, terms in expected.items():
+        for term, losses in terms.items():
+            assert len(losses) == STEPS
+            np.testing.assert_allclose(found[name][term], losses, rtol=1e-4, err_msg=f"{arithmetic}: {term} of {name}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("MPLBACKEND", "agg")
+    write_json(GOLDEN, {arithmetic: curves(arithmetic) for arithmetic in ARITHMETIC})
