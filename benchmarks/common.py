@@ -1,6 +1,7 @@
 """What the benchmarks share: interleaved timing, provenance, tables."""
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,16 +15,22 @@ sys.path.insert(0, str(ROOT))
 from medkd.trainers.fit import cpu_name, git_state, versions  # noqa: E402
 
 
+def clock():
+    """Seconds: of the processor with one thread, so that other processes do not count; of the wall
+    with several, where threads that wait would count."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def interleaved(functions, rounds, repeats=None):
-    """name -> smallest time in seconds over `rounds` rounds in which all take turns; a function named
-    in `repeats` runs so often in each. One round to warm up is not counted."""
+    """name -> smallest time in seconds over `rounds` rounds in which all take turns; a function
+    named in `repeats` runs so often in each. One round to warm up is not counted."""
     times = dict.fromkeys(functions, np.inf)
     for number in range(rounds + 1):
         for name, function in functions.items():
             for _ in range((repeats or {}).get(name, 1) if number else 1):
-                start = time.perf_counter()
+                start = clock()
                 function()
-                taken = time.perf_counter() - start
+                taken = clock() - start
                 if number:
                     times[name] = min(times[name], taken)
     return times
@@ -62,6 +69,7 @@ def blobs(batch, size, classes, seed=0):
 def provenance(quick):
     "What the numbers depend on, no folder of this machine among it."
     return dict(quick=quick, date=time.strftime("%Y-%m-%d", time.gmtime()), cpu=cpu_name(),
+                cores=os.cpu_count(), load=round(os.getloadavg()[0], 1),
                 threads=torch.get_num_threads(), git=git_state(ROOT), versions=versions())
 
 

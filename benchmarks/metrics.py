@@ -6,21 +6,16 @@ Each row is one pair of smooth masks. The time of a function is the smallest of 
 rounds in this process; a ratio is another library's time over ours. `difference` is the largest
 absolute difference of any value to theirs, in mm (NSD: a share).
 """
-import argparse
-import json
-import os
-import platform
-import sys
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from medkd.metrics import dice, hd95, surface_scores  # noqa: E402
+from common import arguments, report
+
+from medkd.metrics import dice, hd95, surface_scores
 
 CASES = {  # name: image shape, spacing in mm, shape of the structure, disagreement
     "hippocampus": ((35, 50, 35), (1., 1., 1.), (28, 40, 28), .05),
@@ -118,23 +113,15 @@ def measure(name, quick):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, less of MedPy")
-    parser.add_argument("--json", type=Path, help="where the numbers are written")
-    args = parser.parse_args()
+    args = arguments(__doc__)
     warnings.simplefilter("ignore", FutureWarning)  # MONAI's own
-    import pandas
     rows = [measure(name, args.quick) for name in CASES]
-    print(pandas.DataFrame(rows).round(3).set_index("case").T.to_string())
+    verdicts = []
     for name, target in TARGETS.items():
         worst = min(row[name] for row in rows if name in row)
         verdict = "met" if worst >= target else "NOT MET"
-        print(f"{name}: at least {worst:.1f}, wanted {target}: {verdict}")
-    if args.json:
-        about = dict(processor=platform.processor() or platform.machine(), cores=os.cpu_count(),
-                     threads=torch.get_num_threads(), torch=torch.__version__, numpy=np.__version__)
-        report = dict(benchmark="metrics", quick=args.quick, targets=TARGETS, about=about, rows=rows)
-        args.json.write_text(json.dumps(report, indent=1))
+        verdicts.append(f"{name}: at least {worst:.1f}, wanted {target}: {verdict}")
+    report("metrics", rows, verdicts, args)
 
 
 if __name__ == "__main__":
