@@ -5,7 +5,7 @@ __all__ = ['unknown', 'Taps', 'widen', 'first_tensor', 'resolve', 'Tapped', 'tap
            'weights_sha256', 'Term', 'supervised', 'resize', 'toy_taps', 'gather_rows', 'seed_everything', 'rng_state',
            'set_rng_state', 'isolated_rng']
 
-# %% ../nbs/00_core.ipynb #90f580e1
+# %% ../nbs/00_core.ipynb #171b03be
 import difflib
 import hashlib
 import random
@@ -17,6 +17,7 @@ from types import MethodType
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../nbs/00_core.ipynb #fc374e50
@@ -79,7 +80,7 @@ def resolve(net:nn.Module, # network; `net.taps`, if it has one, maps roles to m
     if dotted in modules and dotted and side in ("", "in"): return modules[dotted], side == "in"
     raise unknown(f"tap of {type(net).__name__}", name, [*roles, *filter(None, modules)])
 
-# %% ../nbs/00_core.ipynb #c1b9e505
+# %% ../nbs/00_core.ipynb #f131e4c7
 class Tapped(nn.Module):
     """`net` that returns `Taps`: the named activations beside the logits.
 
@@ -110,41 +111,45 @@ class Tapped(nn.Module):
         decoder = None if features is None else self._decode
         return Taps(taps | {"out": widen(first_tensor(out))}, features, decoder)
 
-    def _run(self, x):
-        if not (hasattr(self.net, "encode") and hasattr(self.net, "decode")):
-            return None, self.net(x)
-        features = self.net.encode(x)
-        return features, self.net.decode(features)
+# %% ../nbs/00_core.ipynb #473854ee
+@patch
+def _run(self:Tapped, x):
+    if not (hasattr(self.net, "encode") and hasattr(self.net, "decode")): return None, self.net(x)
+    features = self.net.encode(x)
+    return features, self.net.decode(features)
 
-    def _decode(self, features):
-        with self.autocast(): return self.net.decode(features)
+@patch
+def _decode(self:Tapped, features):
+    with self.autocast(): return self.net.decode(features)
 
-    def _hook(self, name, seen, versions):
-        module, entering = resolve(self.net, name)
-        def record(_, args, output=None):
-            value = first_tensor(args if entering else output)
-            if value is None: raise TypeError(f"tap {name!r} gave no tensor")
-            keep = self.clone or value.is_inference()
-            seen[name] = value.clone() if keep else value
-            versions[name] = None if keep else value._version
-        register = module.register_forward_pre_hook if entering else module.register_forward_hook
-        return register(record)
+@patch
+def _hook(self:Tapped, name, seen, versions):
+    module, entering = resolve(self.net, name)
+    def record(_, args, output=None):
+        value = first_tensor(args if entering else output)
+        if value is None: raise TypeError(f"tap {name!r} gave no tensor")
+        keep = self.clone or value.is_inference()
+        seen[name] = value.clone() if keep else value
+        versions[name] = None if keep else value._version
+    register = module.register_forward_pre_hook if entering else module.register_forward_hook
+    return register(record)
 
-    def _check(self, seen, versions):
-        for name in self.names:
-            if name not in seen:
-                raise RuntimeError(f"tap {name!r}: its module was not called in this forward pass")
-            if versions[name] is not None and versions[name] != seen[name]._version:
-                raise RuntimeError(f"tap {name!r} was rewritten in place after it was made (an "
-                                   "in-place activation or += behind it); tap the later module, or "
-                                   "use Tapped(..., clone=True)")
+@patch
+def _check(self:Tapped, seen, versions):
+    for name in self.names:
+        if name not in seen:
+            raise RuntimeError(f"tap {name!r}: its module was not called in this forward pass")
+        if versions[name] is not None and versions[name] != seen[name]._version:
+            raise RuntimeError(f"tap {name!r} was rewritten in place after it was made (an in-"
+                               "place activation or += behind it); tap the later module, or use "
+                               "Tapped(..., clone=True)")
 
-# %% ../nbs/00_core.ipynb #83b3916a
+# %% ../nbs/00_core.ipynb #7e61e0fd
 def tap_shapes(net:nn.Module,            # network, left as it was
                x:Tensor|Sequence[int],   # a batch, or its shape (B,C,*S)
                names:Sequence[str]|None=None, # default: the roles of `net.taps`, else all leaves
                ) -> dict[str, tuple[int, ...]]:
-    "Shape of each tap, in the order of `names`, `out` last; one forward in eval mode, no gradients."
+    "Shape of each tap in the order of `names`, `out` last; one forward in eval mode, no gradients."
     leaves = [name for name, module in net.named_modules() if name and not list(module.children())]
     names = list(names if names is not None else getattr(net, "taps", None) or leaves)
     if not torch.is_tensor(x): x = torch.zeros(tuple(x), device=next(net.parameters()).device)
@@ -186,13 +191,13 @@ def weights_sha256(net:nn.Module|Mapping[str, Tensor]) -> str:
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../nbs/00_core.ipynb #0d699a88
+# %% ../nbs/00_core.ipynb #62fa6a32
 class Term(nn.Module):
     """One part of a training objective. `forward` returns unweighted scalars, keyed by `names`.
 
     `at_equal` is the value when student and teacher agree (0 for a divergence, None where there is
     no such value); `size_free`: the value stays when the image is tiled to a larger one."""
-    names: tuple[str, ...] = ()                            # what forward returns: keys of the weights
+    names: tuple[str, ...] = ()                          # what forward returns: keys of the weights
     needs: tuple[Sequence[str], Sequence[str]] = ((), ())  # taps of student and teacher
     at_equal: float|None = 0.
     size_free: bool = True
@@ -212,10 +217,10 @@ class Term(nn.Module):
         "(term, student Taps, teacher Taps, batch) with 2 or 3 spatial axes, for its contracts."
         raise NotImplementedError("a Term shows itself on an example")
 
-# %% ../nbs/00_core.ipynb #493c04f4
+# %% ../nbs/00_core.ipynb #17399309
 def supervised(batch:Mapping # with optional `labelled` (B,) bool and `view` (B,)
                ) -> Tensor|None:
-    "(B,) bool: the labelled anchor images, which a supervised loss is computed on; None when all are."
+    "(B,) bool: the labelled anchor images, which supervised losses are computed on; None: all are."
     keep = [batch["labelled"].bool()] if "labelled" in batch else []
     keep += [batch["view"] == 0] if "view" in batch else []
     return torch.stack(keep).all(0) if keep else None
@@ -230,13 +235,13 @@ def resize(x:Tensor,              # (B,C,*S)
     kind = mode if mode == "nearest" else {3: "linear", 4: "bilinear", 5: "trilinear"}[x.ndim]
     return F.interpolate(x, size=tuple(size), mode=kind)
 
-# %% ../nbs/00_core.ipynb #e7ddc4c2
+# %% ../nbs/00_core.ipynb #23ab118c
 def toy_taps(ndim:int,                       # 2 or 3 spatial axes
              classes:int,                    # K
              channels:Sequence[int]=(8, 12), # of the student's and the teacher's features
              taps:Mapping[str, int]|None=None, # tap -> stride of its map
              size:int=16, batch:int=2, seed:int=0) -> tuple[Taps, Taps, dict]:
-    "(student, teacher, batch): logits at `size`, taps at size // stride; the student's want gradients."
+    "(student, teacher, batch): logits at `size`, taps at size // stride; gradients: the student's."
     rng = torch.Generator().manual_seed(seed)
     def smooth(c, n):
         coarse = torch.randn(batch, c, *[max(2, n // 4)] * ndim, generator=rng)
@@ -250,15 +255,15 @@ def toy_taps(ndim:int,                       # 2 or 3 spatial axes
     image = smooth(1, size)
     return student, teacher, dict(image=image, label=label, case=[f"case{i}" for i in range(batch)])
 
-# %% ../nbs/00_core.ipynb #43f07ed8
+# %% ../nbs/00_core.ipynb #f7562795
 def gather_rows(rows:Tensor # (N,...), N may differ between ranks
                 ) -> Tensor:
-    "The rows of all ranks, concatenated in rank order and without gradient; `rows` itself in one process."
-    rows = rows.detach()
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1: return rows
-    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    "The rows of all ranks in rank order, without gradient; `rows` itself in one process."
+    rows, dist = rows.detach(), torch.distributed
+    if not (dist.is_available() and dist.is_initialized()): return rows
+    own = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, own)
     longest = int(max(counts))
     padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])]).contiguous()
     parts = [torch.empty_like(padded) for _ in counts]

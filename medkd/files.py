@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/00_files.ipynb #99ca86ac
+# %% ../nbs/00_files.ipynb #487ff79f
 def write_temporary(path:Path, data:bytes) -> Path:
-    "Write `data`, flushed to the disk, beside `path`: the temporary file's path. Nothing is left of a failed write."
+    """Write `data`, flushed to the disk, beside `path`: the temporary file's path. Nothing is left
+    of a failed write."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -113,25 +114,28 @@ def append_jsonl(path:str|Path, rows:list[dict]) -> None:
         if os.path.exists(path): os.truncate(path, size)
         raise write_error(error, Path(path), len(data)) from error
 
-# %% ../nbs/00_files.ipynb #0b24d714
+# %% ../nbs/00_files.ipynb #d7b0ecb7
 def read_jsonl(path:str|Path) -> list[dict]:
-    "The rows of a log, [] without one; a torn last line is left out, another unreadable one is a ValueError."
+    """The rows of a log, [] without one; a torn last line is left out, another unreadable one is a
+    ValueError."""
     lines = Path(path).read_text(errors="replace").split("\n") if Path(path).exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
         try: rows += [json.loads(line)] if line else []
         except json.JSONDecodeError as error:
-            if number < len(lines): raise ValueError(f"{path} is damaged in line {number}") from error
+            if number == len(lines): break
+            raise ValueError(f"{path} is damaged in line {number}") from error
     return rows
 
-# %% ../nbs/00_files.ipynb #69416197
+# %% ../nbs/00_files.ipynb #a2ab69fe
 HELD: set[Path] = set() # folders that this process writes into: its own lock would not stop it
 
 @contextmanager
 def writing(folder:Path) -> Iterator[None]:
-    """Hold the only right to write into `folder`, cleared of what a killed writer left half written;
+    """Hold the only right to write into `folder`, cleared of what a killed writer left half done;
     RuntimeError when another has it. Forked children do not inherit the lock."""
-    own, taken = folder.resolve(), f"another process is writing into {folder}; wait for it or stop it"
+    taken = f"another process is writing into {folder}; wait for it or stop it"
+    own = folder.resolve()
     if own in HELD: raise RuntimeError(taken)
     with open(folder/".lock", "w") as file:
         try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

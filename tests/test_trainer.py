@@ -320,7 +320,7 @@ def test_terms_are_float32(tmp_path, precision, inside):
 def test_fp16_needs_a_gpu(tmp_path):
     if torch.cuda.is_available(): assert fit(replace(short, precision="fp16"), tmp_path/"run").complete
     else:
-        with pytest.raises(ValueError, match="precision 'fp16' needs a GPU, and there is none here; use 'bf16' or 'fp32'"):
+        with pytest.raises(ValueError, match="precision 'fp16' needs a GPU, there is none here; use 'bf16' or 'fp32'"):
             fit(replace(short, precision="fp16"), tmp_path/"run")
 
 

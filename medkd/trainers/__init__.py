@@ -11,6 +11,7 @@ from .recipe import Adversary, Recipe, constant, cosine, poly
 from .run import Run, load_network
 from .trainer import Trainer
 
-# %% ../../nbs/trainers/08_face.ipynb #3e400d01
-_all_ = ["Adversary", "NotFinite", "Objective", "Recipe", "Run", "Stale", "Trainer", "constant", "cosine", "fit",
+# %% ../../nbs/trainers/08_face.ipynb #d602cb49
+_all_ = ["Adversary", "NotFinite", "Objective", "Recipe", "Run", "Stale", "Trainer", "constant",
+         "cosine", "fit",
          "load_network", "poly"]

@@ -32,9 +32,9 @@ def read_checkpoint(path:Path) -> dict:
     try: return torch.load(data, map_location="cpu", weights_only=True)
     except Exception as error: raise Damaged(f"{path} cannot be read: {error}") from error
 
-# %% ../../nbs/trainers/03_checkpoint.ipynb #c2181d5c
+# %% ../../nbs/trainers/03_checkpoint.ipynb #0e8275c1
 def load_checkpoint(folder:Path) -> dict|None:
-    "The newest whole checkpoint, None without any; `Damaged` when there are some and none is whole."
+    "The newest whole checkpoint, None without any; `Damaged` when there are some, none whole."
     found = [path for path in (folder/"last.pt", folder/"previous.pt") if path.exists()]
     errors = []
     for path in found:
@@ -44,8 +44,8 @@ def load_checkpoint(folder:Path) -> dict|None:
             if errors: set_aside(folder, errors[0])
             return state
     if not found: return None
-    raise Damaged("; ".join(errors) + ". No other checkpoint is left: put a copy of one back, or delete "
-                  "these files to train this run again from its start")
+    raise Damaged("; ".join(errors) + ". No other checkpoint is left: put a copy of one back, or "
+                  "delete these files to train this run again from its start")
 
 def set_aside(folder:Path, why:str) -> None:
     "Rename a damaged `last.pt`, which would take the place of the whole `previous.pt` otherwise."

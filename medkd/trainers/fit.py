@@ -5,7 +5,7 @@ __all__ = ['PACKAGES', 'versions', 'git_state', 'cpu_name', 'environment', 'Stal
            'check_portable', 'check_recipe_portable', 'load_splits', 'packages', 'check_stale', 'set_run_aside',
            'prepare_folder', 'storable', 'fit', 'check_trackers']
 
-# %% ../../nbs/trainers/07_fit.ipynb #eef22daa
+# %% ../../nbs/trainers/07_fit.ipynb #f9cd9e6b
 import json
 import platform
 import subprocess
@@ -20,7 +20,8 @@ import torch
 
 from ..files import make_folder, read_json, write_json, writing
 from .recipe import Recipe, decided_by, hash8, make_teacher, resolve_precision
-from .run import Run, describe_items, dotted, importable, network_maker, source_sha256, sources
+from .run import (Run, describe_items, dotted, importable, network_maker,
+                                source_sha256, sources)
 from .trainer import Trainer
 
 # %% ../../nbs/trainers/07_fit.ipynb #87e35f40
@@ -35,9 +36,9 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError: found[name] = "not installed"
     return found | dict(python=platform.python_version())
 
-# %% ../../nbs/trainers/07_fit.ipynb #42d285e9
+# %% ../../nbs/trainers/07_fit.ipynb #ef160b89
 def git_state(folder:Path) -> dict|None:
-    "Commit of the repository that `folder` lies in, and whether files differ from it; None outside one."
+    "Commit of the repository `folder` lies in, and whether files differ from it; None outside one."
     git = partial(subprocess.run, cwd=folder, capture_output=True, text=True, timeout=20)
     try: commit = git(["git", "rev-parse", "HEAD"])
     except (OSError, subprocess.TimeoutExpired): return None
@@ -80,7 +81,7 @@ def recipe_sources(recipe:Recipe) -> dict[str, str]:
     name = Trainer.__module__
     return sources(values) | {name: source_sha256(sys.modules[name])}
 
-# %% ../../nbs/trainers/07_fit.ipynb #fe5b7692
+# %% ../../nbs/trainers/07_fit.ipynb #7851240e
 def check_portable(value, where:str="recipe") -> None:
     "ValueError naming what another process could not import or load."
     if isinstance(value, Run): return
@@ -92,10 +93,10 @@ def check_portable(value, where:str="recipe") -> None:
         for name, part in value.items(): check_portable(part, f"{where}[{name!r}]")
     elif isinstance(value, torch.nn.Module) or (callable(value) and not importable(value)):
         name = type(value).__name__ if isinstance(value, torch.nn.Module) else dotted(value)
-        raise ValueError(f"{where}: {name} is known to this process only; with nproc > 1 give a Run, or "
-                         "a function or class from a module that can be imported")
+        raise ValueError(f"{where}: {name} is known to this process only; with nproc > 1 give a "
+                         "Run, or a function or class from a module that can be imported")
 
-# %% ../../nbs/trainers/07_fit.ipynb #618a9703
+# %% ../../nbs/trainers/07_fit.ipynb #5560fad4
 def check_recipe_portable(recipe:Recipe, splits, nproc:int) -> None:
     "ValueError when the recipe cannot travel to other processes, or its batch not be divided."
     if recipe.batch_size % nproc:
@@ -103,8 +104,8 @@ def check_recipe_portable(recipe:Recipe, splits, nproc:int) -> None:
     for f in fields(recipe):
         if f.name != "data": check_portable(getattr(recipe, f.name), f.name)
     if splits.origin is None:
-        raise ValueError("data: these Splits cannot be loaded by another process; with nproc > 1 give "
-                         "a function that returns them, from a module that can be imported")
+        raise ValueError("data: these Splits cannot be loaded by another process; with nproc > 1 "
+                         "give a function that returns them, from a module that can be imported")
     check_portable(splits.origin, "data")
 
 # %% ../../nbs/trainers/07_fit.ipynb #00d10074
@@ -121,25 +122,26 @@ def packages(recipe:Recipe, splits=None) -> tuple[str, ...]:
     names = recipe_sources(recipe) | sources(getattr(splits, "origin", None))
     return tuple(sorted({name.partition(":")[0].partition(".")[0] for name in names}))
 
-# %% ../../nbs/trainers/07_fit.ipynb #90b39ae5
+# %% ../../nbs/trainers/07_fit.ipynb #5208e2b7
 def check_stale(recipe:Recipe, folder:Path, stale:str) -> bool:
-    "Whether the run in `folder` is another code's and shall be made again; Stale when nobody has said."
+    "Whether the run in `folder` is another code's and shall be made again; Stale when unsaid."
     path = folder/"params.json"
     changed = changed_sources(read_json(path), recipe) if path.exists() else []
     if changed and stale == "refuse":
-        raise Stale(f"{folder} was made by other code: {', '.join(changed)} changed since. Train it "
-                    "again with stale='rerun' (the old run is kept beside it), or use it as it is with "
-                    "stale='keep'")
+        raise Stale(f"{folder} was made by other code: {', '.join(changed)} changed since. Train "
+                    "it again with stale='rerun' (the old run is kept beside it), or use it as it "
+                    "is with stale='keep'")
     return bool(changed) and stale == "rerun"
 
 def set_run_aside(folder:Path) -> Path:
-    "The folder, beside this one, that everything in it is moved to; what says that it is stale moves last."
+    """The folder, beside this one, that everything in it is moved to; what says that it is stale
+    moves last."""
     old = make_folder(folder.with_name(f"{folder.name}.stale-{time.time_ns() // 10**6}"))
     for path in sorted(folder.iterdir(), key=lambda path: path.name == "params.json"):
         if path.name != ".lock": path.rename(old/path.name)
     return old
 
-# %% ../../nbs/trainers/07_fit.ipynb #513225c1
+# %% ../../nbs/trainers/07_fit.ipynb #461502e6
 def prepare_folder(recipe:Recipe, splits, folder:Path, decided:dict, nproc:int, stale:str) -> None:
     "env.json of a new run, and params.json with what it names and where that lies today."
     if check_stale(recipe, folder, stale): set_run_aside(folder)
@@ -148,7 +150,8 @@ def prepare_folder(recipe:Recipe, splits, folder:Path, decided:dict, nproc:int, 
     values = {f.name: getattr(recipe, f.name) for f in fields(recipe)} | dict(data=splits)
     described = describe_items(values, folder if nproc > 1 or storable(values) else None)
     params = dict(hash=hash8(decided), decided=decided, recipe=described,
-                  sources=old.get("sources", recipe_sources(recipe)), packages=packages(recipe, splits))
+                  sources=old.get("sources", recipe_sources(recipe)),
+                  packages=packages(recipe, splits))
     if not old: write_json(folder/"env.json", environment(splits, nproc))
     if old != json.loads(json.dumps(params)): write_json(path, params)
 
@@ -158,9 +161,9 @@ def storable(values:dict) -> bool:
     try: return bool(describe_items(values, Path.cwd()))
     except TypeError: return False
 
-# %% ../../nbs/trainers/07_fit.ipynb #fceb6812
+# %% ../../nbs/trainers/07_fit.ipynb #56a34933
 def fit(recipe:Recipe,
-        run_dir:str|Path,          # folder and role, e.g. runs/gkd/chasedb1/teacher; "-<hash>" is added
+        run_dir:str|Path,          # folder and role: runs/gkd/chasedb1/teacher; "-<hash>" is added
         nproc:int=1,               # processes (DDP by torchrun) on this machine
         workers:int=0,             # DataLoader workers of each process
         save_every:float=60.,      # seconds between checkpoints
@@ -180,18 +183,19 @@ def fit(recipe:Recipe,
     if nproc > 1: check_recipe_portable(recipe, splits, nproc)
     precision = resolve_precision(recipe.precision, "cuda" if torch.cuda.is_available() else "cpu")
     decided = decided_by(recipe, splits, make_teacher(recipe.teacher), precision)
-    folder, options = Path(f"{run_dir}-{hash8(decided)}"), (workers, save_every, trackers)
+    folder, make = Path(f"{run_dir}-{hash8(decided)}"), recipe.trainer or Trainer
+    options = workers, save_every, trackers
     if not (folder/"report.json").exists() or check_stale(recipe, folder, stale):
         with writing(make_folder(folder)):
             prepare_folder(recipe, splits, folder, decided, nproc, stale)
             if (folder/"report.json").exists(): pass # another process was faster
             elif nproc > 1: launch(folder, nproc, packages(recipe, splits), *options)
-            else: (recipe.trainer or Trainer)(recipe, splits, folder, precision, hash8(decided), *options).fit()
+            else: make(recipe, splits, folder, precision, hash8(decided), *options).fit()
     return Run(folder, network_maker(recipe.student), packages(recipe))
 
-# %% ../../nbs/trainers/07_fit.ipynb #feed12bf
+# %% ../../nbs/trainers/07_fit.ipynb #63cb7272
 def check_trackers(trackers:tuple[str, ...]) -> None:
-    "ValueError for a tracker that is unknown or not installed; accelerate would leave it out silently."
+    "ValueError for a tracker unknown or not installed, which accelerate leaves out silently."
     if not trackers: return
     from accelerate.tracking import get_available_trackers
     available = [str(getattr(t, "value", t)) for t in get_available_trackers()]

@@ -14,11 +14,11 @@ import threading
 import time
 from pathlib import Path
 
-# %% ../../nbs/trainers/06_launch.ipynb #275c0228
+# %% ../../nbs/trainers/06_launch.ipynb #383adda9
 def launch(folder:Path, nproc:int, allow:tuple[str, ...], workers:int, save_every:float,
            trackers:tuple[str, ...]) -> None:
-    """Train the run in `folder` on `nproc` processes, output streamed; RuntimeError with the traceback of
-    the first that fails."""
+    """Train the run in `folder` on `nproc` processes, output streamed; RuntimeError with the
+    traceback of the first that fails."""
     command = [sys.executable, "-m", "medkd.trainers.launch", "agent", str(folder),
                "--nproc", str(nproc), "--allow", ",".join(allow), "--workers", str(workers),
                "--save-every", str(save_every), "--trackers", ",".join(trackers)]
@@ -37,8 +37,8 @@ def launch(folder:Path, nproc:int, allow:tuple[str, ...], workers:int, save_ever
 
 def reason(lines:list[str]) -> str:
     "From the first traceback on, at most 40 lines; the last ones where there is no traceback."
-    first = next((i for i, line in enumerate(lines) if "Traceback" in line), max(0, len(lines) - 40))
-    return "".join(lines[first:first + 40])
+    found = [i for i, line in enumerate(lines) if "Traceback" in line]
+    return "".join(lines[found[0]:found[0] + 40] if found else lines[-40:])
 
 # %% ../../nbs/trainers/06_launch.ipynb #e596a0e0
 def stream(process:subprocess.Popen) -> list[str]:
@@ -55,10 +55,10 @@ def signal_group(process:subprocess.Popen, number:int) -> None:
     try: os.killpg(process.pid, number)
     except ProcessLookupError: pass
 
-# %% ../../nbs/trainers/06_launch.ipynb #5c49839c
+# %% ../../nbs/trainers/06_launch.ipynb #1952ae03
 def watch_input() -> None:
-    """When the parent's end of standard input closes: torchrun is asked to stop, which lets its processes
-    write a checkpoint, and after 5 s made to."""
+    """When the parent's end of standard input closes: torchrun is asked to stop, which lets its
+    processes write a checkpoint, and after 5 s made to."""
     def wait():
         while os.read(0, 1): pass
         os.kill(os.getpid(), signal.SIGTERM)
@@ -74,7 +74,7 @@ def watch_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     threading.Thread(target=wait, daemon=True).start()
 
-# %% ../../nbs/trainers/06_launch.ipynb #6fc7c8a2
+# %% ../../nbs/trainers/06_launch.ipynb #e478d53c
 def agent(args:argparse.Namespace) -> None:
     "torchrun on this machine; its processes talk through the loopback interface."
     from torch.distributed.run import main as torchrun
@@ -83,13 +83,13 @@ def agent(args:argparse.Namespace) -> None:
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     if loopback: os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
     torchrun(["--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", str(args.nproc),
-              "-m", "medkd.trainers.launch", "worker", str(args.folder), "--allow", ",".join(args.allow),
-              "--workers", str(args.workers), "--save-every", str(args.save_every),
-              "--trackers", ",".join(args.trackers)])
+              "-m", "medkd.trainers.launch", "worker", str(args.folder),
+              "--allow", ",".join(args.allow), "--workers", str(args.workers),
+              "--save-every", str(args.save_every), "--trackers", ",".join(args.trackers)])
 
-# %% ../../nbs/trainers/06_launch.ipynb #51f6214c
+# %% ../../nbs/trainers/06_launch.ipynb #2a1b996d
 def worker(args:argparse.Namespace) -> None:
-    "One process of a run: the recipe is read from params.json. Also what torchrun starts on several nodes."
+    "One process of a run, here or on several nodes; its recipe is read from params.json."
     import torch
 
     from medkd.files import read_json
@@ -102,8 +102,8 @@ def worker(args:argparse.Namespace) -> None:
     precision = resolve_precision(recipe.precision, "cuda" if torch.cuda.is_available() else "cpu")
     decided = hash8(decided_by(recipe, recipe.data, make_teacher(recipe.teacher), precision))
     if decided != params["hash"]:
-        raise ValueError(f"data, teacher or precision differ here: this is run {decided}, the folder "
-                         f"is {params['hash']}")
+        raise ValueError(f"data, teacher or precision differ here: this is run {decided}, the "
+                         f"folder is {params['hash']}")
     (recipe.trainer or Trainer)(recipe, recipe.data, args.folder, precision, decided, args.workers,
                                 args.save_every, args.trackers).fit()
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()

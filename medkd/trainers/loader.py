@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 from ..core import isolated_rng
 from ..data.base import collate
 
-# %% ../../nbs/trainers/04_loader.ipynb #9324c4e1
+# %% ../../nbs/trainers/04_loader.ipynb #f89db08b
 class Seeded(Dataset):
     """A data set indexed by (epoch, index). `data.sample(index, rng)` where it has one, else
-    `data[index]` with all global generators seeded, so that foreign data sets and transforms repeat,
-    too."""
+    `data[index]` with all global generators seeded, so that foreign data sets and transforms
+    repeat, too."""
     def __init__(self, data, seed:int): self.data, self.seed = data, seed
 
     def __getitem__(self, place:tuple[int, int]) -> dict:
@@ -59,7 +59,7 @@ class Places:
 
     def __len__(self) -> int: return self.total - self.start
 
-# %% ../../nbs/trainers/04_loader.ipynb #8e4c0578
+# %% ../../nbs/trainers/04_loader.ipynb #bef98f6f
 def training_loader(places:Places, workers:int=0, pin:bool=False) -> DataLoader:
     "Batches of `places`; draws nothing from the global generators."
     return DataLoader(Seeded(places.data, places.seed), batch_sampler=places, num_workers=workers,
@@ -67,8 +67,8 @@ def training_loader(places:Places, workers:int=0, pin:bool=False) -> DataLoader:
                       generator=torch.Generator().manual_seed(places.seed))
 
 def outlast_signals(worker:int) -> None:
-    """In a worker: let the training process answer a signal that its whole group gets, and end with its
-    loader; after SIGTERM within 20 s whatever happens."""
+    """In a worker: let the training process answer a signal that its whole group gets, and end with
+    its loader; after SIGTERM within 20 s whatever happens."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 

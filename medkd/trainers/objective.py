@@ -22,13 +22,13 @@ class Step:
                  batch:Mapping, active:frozenset[str]):
         self.x, self.teacher, self.batch, self.active = x, teacher, batch, active
 
-# %% ../../nbs/trainers/02_objective.ipynb #c676ffc9
+# %% ../../nbs/trainers/02_objective.ipynb #016308d8
 class Objective(nn.Module):
     """Student and terms: the one module that DDP wraps, the optimiser sees and a checkpoint holds.
 
-    `forward(Step)` gives (unweighted losses by name, student Taps without graph); a loss that is not
-    active has no graph either. The adversary is asked for the student's part but is no part of this
-    module."""
+    `forward(Step)` gives (unweighted losses by name, student Taps without graph); a loss that is
+    not active has no graph either. The adversary is asked for the student's part but is no part of
+    this module."""
     def __init__(self, student:nn.Module, terms:Sequence[Term], adversary:Adversary|None=None,
                  autocast:Callable=nullcontext):
         super().__init__()
@@ -60,11 +60,11 @@ def untrained(net:nn.Module):
     finally:
         for p in wanted: p.requires_grad_(True)
 
-# %% ../../nbs/trainers/02_objective.ipynb #d5f30b3f
+# %% ../../nbs/trainers/02_objective.ipynb #78698300
 class Teacher:
-    """A frozen network in eval mode and what it is shown. `taps(batch)` gives its Taps without a graph;
-    through `Taps.decode` the graph goes through activations, never into its weights. No module: never
-    in a checkpoint."""
+    """A frozen network in eval mode and what it is shown. `taps(batch)` gives its Taps without a
+    graph; through `Taps.decode` the graph goes through activations, never into its weights. No
+    module: never in a checkpoint."""
     def __init__(self, net:nn.Module|None, needs:Sequence[str]=(),
                  show:Callable|None=None, # (batch) -> (B,C,*S)
                  autocast:Callable=nullcontext):
@@ -75,11 +75,12 @@ class Teacher:
         if self.net is None: return Taps()
         with torch.no_grad(): return self.net(self.show(batch) if self.show else batch["image"])
 
-# %% ../../nbs/trainers/02_objective.ipynb #9669f275
+# %% ../../nbs/trainers/02_objective.ipynb #54ee265c
 class Predictor(nn.Module):
-    """A student as `validate` sees it: `forward(x)` gives logits, `input(batch)` what the student reads,
-    `teach(batch)` the teacher's Taps (empty without one), `tile` the size of what it reads."""
-    def __init__(self, student:nn.Module, teacher:Teacher|None=None, student_input:Callable|None=None,
+    """A student as `validate` sees it: `forward(x)` gives logits, `input(batch)` what the student
+    reads, `teach(batch)` the teacher's Taps (empty without one), `tile` the size of an input."""
+    def __init__(self, student:nn.Module, teacher:Teacher|None=None,
+                 student_input:Callable|None=None,
                  tile:Sequence[int]|None=None, autocast:Callable=nullcontext):
         super().__init__()
         self.student, self.tile = Tapped(student, autocast=autocast), tile
@@ -94,32 +95,33 @@ class Predictor(nn.Module):
 
     def forward(self, x:Tensor) -> Tensor: return self.student(x)["out"]
 
-# %% ../../nbs/trainers/02_objective.ipynb #02b5553e
+# %% ../../nbs/trainers/02_objective.ipynb #91b2484f
 def student_sees(batch:Mapping, teacher:Taps|None, student_input:Callable|None) -> Tensor:
-    "(B,C,*S) that the student reads: the image, or what `student_input` makes of batch and teacher."
+    "(B,C,*S) that the student reads: the image, or what `student_input` makes of batch, teacher."
     return batch["image"] if student_input is None else student_input(batch, teacher)
 
-# %% ../../nbs/trainers/02_objective.ipynb #578993df
+# %% ../../nbs/trainers/02_objective.ipynb #61fe17fa
 class NotFinite(ArithmeticError):
     "A loss, gradient or activation is not finite."
 
 def suspects(batch:Mapping, logits:Tensor) -> list[str]:
-    """Cases whose image is not finite; if there is none, those whose logits are not; else all. A bad
-    image comes first because batch statistics spread it over the logits of the others."""
+    """Cases whose image is not finite; if there is none, those whose logits are not; else all. A
+    bad image comes first because batch statistics spread it over the logits of the others."""
     for tensor in (batch["image"], logits):
         healthy = torch.isfinite(tensor).flatten(1).all(1).tolist()
         bad = [case for case, ok in zip(batch["case"], healthy) if not ok]
         if bad and len(healthy) == len(batch["case"]): return bad
     return list(batch["case"])
 
-# %% ../../nbs/trainers/02_objective.ipynb #4fb354ad
+# %% ../../nbs/trainers/02_objective.ipynb #9a595bd7
 def check_taps(taps:Taps, whose:str, batch:Mapping) -> None:
-    """ValueError for a tap that is constant in every channel, NotFinite with the cases for one that is
-    not finite."""
+    """ValueError for a tap that is constant in every channel, NotFinite with the cases for one that
+    is not finite."""
     for name, tap in taps.items():
         if not torch.isfinite(tap).all():
-            raise NotFinite(f"tap {name!r} of the {whose} is not finite before the first step, cases "
-                            f"{', '.join(suspects(batch, tap))}")
+            cases = ", ".join(suspects(batch, tap))
+            raise NotFinite(f"tap {name!r} of the {whose} is not finite before the first step, "
+                            f"cases {cases}")
         values = tap.transpose(0, 1).flatten(1) # (C, values of this channel)
         if values.shape[1] > 1 and (values == values[:, :1]).all():
             raise ValueError(f"tap {name!r} of the {whose} is constant")
@@ -149,11 +151,11 @@ def unchanged(*nets:nn.Module):
     finally:
         for buffer, before in kept: buffer.copy_(before)
 
-# %% ../../nbs/trainers/02_objective.ipynb #9e4a358b
+# %% ../../nbs/trainers/02_objective.ipynb #6fedfe9a
 def check_wiring(objective:Objective, teacher:Teacher, step:Step) -> dict[str, dict]:
-    """Value and gradient norm of every term on one batch, and the parameters that none reaches; leaves
-    weights, statistics and random state as they were. ValueError names the term or tap that is not
-    connected."""
+    """Value and gradient norm of every term on one batch, and the parameters that none reaches;
+    leaves weights, statistics and random state as they were. ValueError names the term or tap that
+    is not connected."""
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     with isolated_rng(), unchanged(objective, *filter(None, objective._adversary)):
         losses, taps = objective(step)

@@ -31,7 +31,7 @@ def cosine(epoch:float, epochs:float) -> float:
     "Half a cosine from 1 to 0."
     return .5 * (1 + math.cos(math.pi * min(1., epoch / epochs)))
 
-# %% ../../nbs/trainers/01_recipe.ipynb #e373f0af
+# %% ../../nbs/trainers/01_recipe.ipynb #ce945d7c
 PRECISIONS = dict(fp32="no", bf16="bf16", fp16="fp16") # ours -> accelerate's
 
 def resolve_precision(precision:str, # "auto" | "fp32" | "bf16" | "fp16"
@@ -41,10 +41,11 @@ def resolve_precision(precision:str, # "auto" | "fp32" | "bf16" | "fp16"
     if precision not in ("auto", *PRECISIONS):
         raise ValueError(f"precision {precision!r}; expected auto, {', '.join(PRECISIONS)}")
     if (precision, device) == ("fp16", "cpu"):
-        raise ValueError("precision 'fp16' needs a GPU, and there is none here; use 'bf16' or 'fp32'")
+        raise ValueError("precision 'fp16' needs a GPU, there is none here; use 'bf16' or 'fp32'")
     if precision != "auto": return precision
-    if device == "cuda": return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    if device == "cuda": native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else: native = device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if native else "fp32"
 
 # %% ../../nbs/trainers/01_recipe.ipynb #723663c1
 class Adversary(nn.Module):
@@ -70,25 +71,25 @@ class Adversary(nn.Module):
     def forward(self, student:Taps, teacher:Taps, batch:Mapping) -> dict[str, torch.Tensor]:
         raise NotImplementedError(f"{type(self).__name__} defines no loss of its own")
 
-# %% ../../nbs/trainers/01_recipe.ipynb #71bb4c3a
+# %% ../../nbs/trainers/01_recipe.ipynb #1c92c7e3
 Weight = float | Callable[[float], float]
 
 @dataclass(frozen=True)
 class Recipe:
     "What decides a training. A method is `replace(baseline, teacher=..., terms=..., weights=...)`."
     data: object                          # Splits, or an importable callable that returns them
-    student: object                       # callable that makes a network, a Run to start from, or a network
+    student: object                       # callable that makes it, Run to start from, or a network
     terms: tuple                          # Term classes, or partials of them
-    weights: Mapping[str, Weight]         # a number, or a function of the progress in epochs (epoch + step/steps)
-    teacher: object = None                # Run, trained network, or a callable that loads weights itself
+    weights: Mapping[str, Weight]         # numbers, or functions of epoch + step/steps
+    teacher: object = None                # Run, network, or a callable that loads weights itself
     student_input: Callable|None = None   # (batch, teacher Taps) -> (B,C,*S); default: the image
     teacher_input: Callable|None = None   # (batch) -> (B,C,*S); default: the image
-    validate: Callable = dice_score       # (net, loader) -> dict; the first entry, larger is better, selects
+    validate: Callable = dice_score       # (net, loader) -> dict; the largest first entry selects
     trainer: Callable|None = None         # default: medkd.trainers.Trainer
     adversary: Callable|None = None       # makes an Adversary
     epochs: float|None = None             # length in epochs (100 when neither is given) ...
     steps: int|None = None                # ... or in optimiser steps
-    validate_every: int = 1               # epochs between validations; the last step always validates
+    validate_every: int = 1               # epochs between validations; one ends the run
     lr: float = 1e-3
     optimiser: Callable = torch.optim.AdamW # (parameters, lr=) -> optimiser
     schedule: Callable[[float, float], float] = poly # (epoch, epochs) -> factor of lr
@@ -103,11 +104,12 @@ class Recipe:
         object.__setattr__(self, "weights", numbers)
         object.__setattr__(self, "terms", tuple(self.terms))
 
-# %% ../../nbs/trainers/01_recipe.ipynb #8e48ee6c
+# %% ../../nbs/trainers/01_recipe.ipynb #d3296beb
 def check_recipe(recipe:Recipe) -> None:
     "One ValueError or TypeError for the first field that cannot be meant."
     if recipe.epochs is not None and recipe.steps is not None:
-        raise ValueError(f"epochs={recipe.epochs} and steps={recipe.steps} contradict each other; give one")
+        raise ValueError(f"epochs={recipe.epochs} and steps={recipe.steps} contradict each other; "
+                         "give one")
     for name in ("epochs", "steps", "lr", "batch_size", "validate_every", "clip"):
         value = getattr(recipe, name)
         if value is not None and not value > 0:
@@ -116,12 +118,12 @@ def check_recipe(recipe:Recipe) -> None:
         raise TypeError("terms is a tuple of Term classes, for example (Seg, KD)")
     for term in recipe.terms:
         if isinstance(term, Term) or not callable(term):
-            raise TypeError(f"terms holds {term!r}; give the class, or functools.partial of it with "
-                            "its arguments")
+            raise TypeError(f"terms holds {term!r}; give the class, or functools.partial of it "
+                            "with its arguments")
     network_maker(recipe.student)
     resolve_precision(recipe.precision, "any")
 
-# %% ../../nbs/trainers/01_recipe.ipynb #9944af35
+# %% ../../nbs/trainers/01_recipe.ipynb #2d247a12
 def check_weights(weights:Mapping[str, Weight], # Recipe.weights
                   makers:list,                  # the terms, and the adversary if there is one
                   ) -> None:
@@ -129,20 +131,21 @@ def check_weights(weights:Mapping[str, Weight], # Recipe.weights
     names = [name for term in makers for name in term.names]
     twice = sorted({name for name in names if names.count(name) > 1})
     missing, extra = sorted(set(names) - set(weights)), sorted(set(weights) - set(names))
+    given = f"the terms give {', '.join(names)}"
     if twice: raise KeyError(f"two terms give {', '.join(twice)}")
-    if missing: raise KeyError(f"no weight for {', '.join(missing)}; the terms give {', '.join(names)}")
-    if extra: raise KeyError(f"no term gives {', '.join(extra)}; the terms give {', '.join(names)}")
+    if missing: raise KeyError(f"no weight for {', '.join(missing)}; {given}")
+    if extra: raise KeyError(f"no term gives {', '.join(extra)}; {given}")
 
-# %% ../../nbs/trainers/01_recipe.ipynb #0eba80af
+# %% ../../nbs/trainers/01_recipe.ipynb #4e54df83
 def make_teacher(value # Run, trained network, callable that loads weights itself, or None
                  ) -> nn.Module|None:
-    """The teacher a recipe names; what making it draws leaves no trace, so that the student starts alike
-    with any teacher. A callable that would give random weights: ValueError."""
+    """The teacher a recipe names; what making it draws leaves no trace, so that the student starts
+    alike with any teacher. A callable that would give random weights: ValueError."""
     if value is None: return None
     loads = getattr(getattr(value, "func", value), "loads_weights", False)
     if not isinstance(value, (Run, nn.Module)) and not loads:
-        raise ValueError(f"the teacher {value!r} is a fresh network; give a Run, a trained network, or "
-                         "partial(load_network, network, weights)")
+        raise ValueError(f"the teacher {value!r} is a fresh network; give a Run, a trained "
+                         "network, or partial(load_network, network, weights)")
     with isolated_rng(): return network_maker(value)()
 
 # %% ../../nbs/trainers/01_recipe.ipynb #161396e1

@@ -5,7 +5,7 @@ __all__ = ['SCALARS', 'KINDS', 'TRUSTED', 'dotted', 'importable', 'look_up', 'de
            'describe_local', 'describe_splits', 'source_sha256', 'restore', 'restore_items', 'trusted', 'save_weights',
            'read_weights', 'load_network', 'Run', 'network_maker', 'sources']
 
-# %% ../../nbs/trainers/00_run.ipynb #e78515c2
+# %% ../../nbs/trainers/00_run.ipynb #ccfaaf1a
 import copy
 import hashlib
 import importlib
@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MethodType
 
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
@@ -43,12 +44,12 @@ def look_up(name:str) -> Callable:
     for part in path.split("."): found = getattr(found, part)
     return found
 
-# %% ../../nbs/trainers/00_run.ipynb #c2ef9c83
+# %% ../../nbs/trainers/00_run.ipynb #1f7b79e5
 SCALARS = (type(None), bool, int, float, str)
 KINDS = {"run", "call", "network", "data", "items"} # keys that say what a description is of
 
 def describe(value,                # a scalar, list, dict, callable, partial, Run, Splits or network
-             base:Path|None=None): # folder that paths are written relative to; None leaves paths out
+             base:Path|None=None): # folder that paths are relative to; None leaves paths out
     "`value` as JSON data, the same on every machine; with `base` it can be read back by `restore`."
     if isinstance(value, SCALARS): return value
     if isinstance(value, Path): return str(value)
@@ -58,11 +59,12 @@ def describe(value,                # a scalar, list, dict, callable, partial, Ru
         return {"items": items} if KINDS & set(items) else items
     if isinstance(getattr(value, "describe", None), MethodType): return value.describe(base) # a Run
     if hasattr(value, "sha256") and hasattr(value, "origin"): return describe_splits(value, base)
-    if isinstance(value, nn.Module): return {"network": dotted(type(value)), "sha256": weights_sha256(value)}
+    if isinstance(value, nn.Module):
+        return {"network": dotted(type(value)), "sha256": weights_sha256(value)}
     if callable(value): return describe_call(value, base)
     raise TypeError(f"{value!r} ({type(value).__name__}) cannot be part of a recipe; use numbers, "
-                    "strings, importable functions and classes, functools.partial of them, runs, or "
-                    "trained networks")
+                    "strings, importable functions and classes, functools.partial of them, runs, "
+                    "or trained networks")
 
 def describe_items(items:Mapping, base:Path|None=None) -> dict:
     "The description of each item."
@@ -106,9 +108,9 @@ def source_sha256(call:Callable) -> str:
     except (OSError, TypeError): text = dotted(call)
     return hashlib.sha256(text.encode()).hexdigest()
 
-# %% ../../nbs/trainers/00_run.ipynb #5b07fccf
-TRUSTED = ("medkd.models", "medkd.losses", "medkd.trainers.run:load_network", "torch.nn", "torch.optim",
-           "monai.networks")
+# %% ../../nbs/trainers/00_run.ipynb #a415f785
+TRUSTED = ("medkd.models", "medkd.losses", "medkd.trainers.run:load_network", "torch.nn",
+           "torch.optim", "monai.networks")
 
 def restore(described,                      # what `describe` gave
             base:Path,                      # folder that its paths are relative to
@@ -131,7 +133,7 @@ def restore_items(items:Mapping, base:Path, allow:tuple[str, ...]=TRUSTED) -> di
     "The value behind each description."
     return {key: restore(item, base, allow) for key, item in items.items()}
 
-# %% ../../nbs/trainers/00_run.ipynb #eb6ae6f1
+# %% ../../nbs/trainers/00_run.ipynb #5a306850
 def trusted(name:str, allow:tuple[str, ...]) -> Callable:
     "The callable that is defined under a dotted name in one of the allowed packages."
     module = name.partition(":")[0]
@@ -141,7 +143,7 @@ def trusted(name:str, allow:tuple[str, ...]) -> Callable:
                               "Run(path, allow=(...))")
     found = look_up(name)
     if not callable(found) or dotted(found) != name:
-        raise PermissionError(f"{name} is not defined there: a run may not name what a module imports")
+        raise PermissionError(f"{name} is not defined there; a run names nothing that is imported")
     return found
 
 # %% ../../nbs/trainers/00_run.ipynb #f35f88e5
@@ -154,10 +156,10 @@ def save_weights(path:str|Path, net:nn.Module|Mapping[str, torch.Tensor], **abou
     write_atomic(path, save(state, metadata={"medkd": about})) # one key: their order is not fixed
     return digest
 
-# %% ../../nbs/trainers/00_run.ipynb #b264a8c5
+# %% ../../nbs/trainers/00_run.ipynb #b289e67e
 def read_weights(path:str|Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file; missing: FileNotFoundError, cut or changed: `Damaged`, both naming
-    the file. Runs no code."""
+    """Tensors of a safetensors file; missing: FileNotFoundError, cut or changed: `Damaged`, both
+    naming the file. Runs no code."""
     from safetensors import safe_open
     wayout = "put a copy of it back, or train again"
     if not Path(path).is_file(): raise FileNotFoundError(f"no weights at {path}; {wayout}")
@@ -170,11 +172,11 @@ def read_weights(path:str|Path) -> dict[str, torch.Tensor]:
         raise Damaged(f"{path} is damaged: its checksum does not match; {wayout}")
     return state
 
-# %% ../../nbs/trainers/00_run.ipynb #e02c32dd
+# %% ../../nbs/trainers/00_run.ipynb #cdbae913
 def load_network(network:Callable[[], nn.Module]|nn.Module, # makes the network
                  weights:str|Path,                          # safetensors file, or a run folder
                  ) -> nn.Module:
-    "The network with these weights; names or shapes that do not fit are one ValueError that counts them."
+    "The network with these weights; ValueError with how many names or shapes do not fit."
     net = network if isinstance(network, nn.Module) else network()
     path = Path(weights)/"best.safetensors" if Path(weights).is_dir() else Path(weights)
     state, own = read_weights(path), net.state_dict()
@@ -188,7 +190,7 @@ def load_network(network:Callable[[], nn.Module]|nn.Module, # makes the network
 
 load_network.loads_weights = True
 
-# %% ../../nbs/trainers/00_run.ipynb #0cd8448e
+# %% ../../nbs/trainers/00_run.ipynb #e1302cfb
 class Run:
     """A run folder as a value: a starting point, a teacher, an argument of a term.
 
@@ -196,7 +198,7 @@ class Run:
     sha256 of its weights, not by its path. A network that was given as an object is known to the
     process that trained it only."""
     def __init__(self, path:str|Path,
-                 network:Callable[[], nn.Module]|None=None, # makes it; default: read from params.json
+                 network:Callable[[], nn.Module]|None=None, # default: read from params.json
                  allow:tuple[str, ...]=TRUSTED):            # packages that params.json may name
         self.path, self._network, self.allow = Path(path), network, allow
         if not (self.path/"params.json").is_file():
@@ -208,7 +210,8 @@ class Run:
     def describe(self, base:Path|None=None) -> dict:
         "The run by the checksum of its weights; with `base`, also where it lies."
         if base is None: return {"sha256": self.sha256}
-        return {"run": os.path.relpath(self.path.resolve(), Path(base).resolve()), "sha256": self.sha256}
+        where = os.path.relpath(self.path.resolve(), Path(base).resolve())
+        return {"run": where, "sha256": self.sha256}
 
     @property
     def complete(self) -> bool: return (self.path/"report.json").is_file()
@@ -225,29 +228,32 @@ class Run:
     @property
     def sha256(self) -> str: return weights_sha256(read_weights(self.path/"best.safetensors"))
 
-    def metrics(self, kind:str|None=None # "train" | "val"; None: all
-                ) -> list[dict]:
-        "Rows of metrics.jsonl in order."
-        return [row for row in read_jsonl(self.path/"metrics.jsonl") if kind in (None, row["kind"])]
+# %% ../../nbs/trainers/00_run.ipynb #a167116b
+@patch
+def metrics(self:Run, kind:str|None=None # "train" | "val"; None: all
+            ) -> list[dict]:
+    "Rows of metrics.jsonl in order."
+    return [row for row in read_jsonl(self.path/"metrics.jsonl") if kind in (None, row["kind"])]
 
-    def network(self) -> nn.Module:
-        "The student with its best weights, in eval mode."
-        if not self.complete:
-            raise RuntimeError(f"{self.path} is unfinished; fit the same recipe again to continue it")
-        make = self._network
-        if make is None:
-            described = self.params["recipe"]["student"]
-            make = network_maker(restore(described, self.path, self.allow))
-        return load_network(make, self.path/"best.safetensors").eval()
+@patch
+def network(self:Run) -> nn.Module:
+    "The student with its best weights, in eval mode."
+    if not self.complete:
+        raise RuntimeError(f"{self.path} is unfinished; fit the same recipe again to continue it")
+    make = self._network
+    if make is None:
+        described = self.params["recipe"]["student"]
+        make = network_maker(restore(described, self.path, self.allow))
+    return load_network(make, self.path/"best.safetensors").eval()
 
-# %% ../../nbs/trainers/00_run.ipynb #febb1d01
+# %% ../../nbs/trainers/00_run.ipynb #0077d219
 def network_maker(value # a Run, a network or a callable
                   ) -> Callable[[], nn.Module]:
-    "A function that makes the network a recipe names: a run's, a copy of the one given, a fresh one."
+    "What makes the network a recipe names: a run's, a copy of the one given, or a fresh one."
     if isinstance(value, Run): return value.network
     if isinstance(value, nn.Module): return partial(copy.deepcopy, value)
     if callable(value): return value
-    raise TypeError(f"{value!r} is no network; give a callable that makes one, a Run, or an nn.Module")
+    raise TypeError(f"{value!r} is no network; give a callable that makes one, a Run or a network")
 
 # %% ../../nbs/trainers/00_run.ipynb #febf8df0
 def sources(value) -> dict[str, str]:

@@ -67,10 +67,10 @@ def none_if_nan(value:float) -> float|None:
     "JSON has no NaN and no infinity."
     return value if math.isfinite(value) else None
 
-# %% ../../nbs/trainers/05_trainer.ipynb #2cfd2133
+# %% ../../nbs/trainers/05_trainer.ipynb #538fa0b0
 def make_accelerator(precision:str, trackers:Sequence[str], folder:Path):
-    """accelerate for this run. A process may train in another precision than before. Of several, the
-    others wait for a long validation on the first; when one dies, torchrun ends all."""
+    """accelerate for this run. A process may train in another precision than before. Of several,
+    the others wait for a long validation on the first; when one dies, torchrun ends all."""
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
     before = AcceleratorState._shared_state.get("_mixed_precision", PRECISIONS[precision])
@@ -80,8 +80,8 @@ def make_accelerator(precision:str, trackers:Sequence[str], folder:Path):
         cpu=world > 1 and not torch.cuda.is_available(), mixed_precision=PRECISIONS[precision],
         log_with=list(trackers) or None, project_dir=str(folder),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
-    if accelerator.num_processes == world: return accelerator
-    raise RuntimeError(f"{world} processes were started and {accelerator.num_processes} found each other")
+    if (found := accelerator.num_processes) == world: return accelerator
+    raise RuntimeError(f"{world} processes were started and {found} found each other")
 
 def ddp_options(find_unused:bool # some parameters may stay without a gradient in a step
                 ):
@@ -164,22 +164,24 @@ def check(self:Trainer, objective:Objective, batch:dict) -> dict:
     if self.adversary is not None: self.adversary.to(self.device)
     return check_wiring(objective, self.teacher, self.work(batch, frozenset(self.recipe.weights)))
 
-# %% ../../nbs/trainers/05_trainer.ipynb #5d71542c
+# %% ../../nbs/trainers/05_trainer.ipynb #20d82a35
 @patch
 def prepare(self:Trainer, objective:Objective) -> None:
     "Optimisers and DDP. Terms that rest, or parameters that no loss reaches, leave gradients out."
     recipe, trained = self.recipe, [p for p in objective.parameters() if p.requires_grad]
     optimiser, self.schedule = make_optimiser(recipe, trained, self.places.steps, self.total)
-    rests = self.adversary is not None or any(callable(w) or w == 0 for w in recipe.weights.values())
-    self.accelerator.ddp_handler = ddp_options(rests or bool(self.wiring["unreached"]))
+    rests = any(callable(w) or w == 0 for w in recipe.weights.values())
+    unused = rests or self.adversary is not None or bool(self.wiring["unreached"])
+    self.accelerator.ddp_handler = ddp_options(unused)
     self.module = objective
     self.objective, self.optimiser = self.accelerator.prepare(objective, optimiser)
     if self.adversary is None: return
     optimiser, self.adversary_schedule = make_optimiser(
         self.adversary, list(self.adversary.parameters()), self.places.steps, self.total)
-    self.adversary_net, self.adversary_optimiser = self.accelerator.prepare(self.adversary, optimiser)
+    prepared = self.accelerator.prepare(self.adversary, optimiser)
+    self.adversary_net, self.adversary_optimiser = prepared
 
-# %% ../../nbs/trainers/05_trainer.ipynb #b23d639e
+# %% ../../nbs/trainers/05_trainer.ipynb #f02a9339
 @patch
 def work(self:Trainer, batch:dict, active:frozenset[str]) -> Step:
     "What the objective reads of a batch."
@@ -190,14 +192,15 @@ def work(self:Trainer, batch:dict, active:frozenset[str]) -> Step:
 def weights(self:Trainer) -> dict[str, float]:
     "The weight of every term now; ValueError when all are 0."
     progress = self.step_number / self.places.steps
-    now = {name: float(w(progress)) if callable(w) else w for name, w in self.recipe.weights.items()}
+    weights = self.recipe.weights.items()
+    now = {name: float(w(progress)) if callable(w) else w for name, w in weights}
     if any(now.values()): return now
-    raise ValueError(f"all weights are 0 in step {self.step_number}: nothing to train; weights: {now}")
+    raise ValueError(f"all weights are 0 in step {self.step_number}, nothing is trained: {now}")
 
-# %% ../../nbs/trainers/05_trainer.ipynb #79f17abf
+# %% ../../nbs/trainers/05_trainer.ipynb #585ea1fc
 @patch
 def step(self:Trainer, batch:dict) -> dict:
-    "One optimiser step of the student, then one of the adversary if there is one; the row for the log."
+    "One optimiser step of the student, then one of the adversary, if any; the row for the log."
     weights = self.weights()
     work = self.work(batch, frozenset(name for name, w in weights.items() if w))
     losses, taps = self.objective(work)
@@ -211,9 +214,10 @@ def step(self:Trainer, batch:dict) -> dict:
     self.step_number += 1
     return row
 
-# %% ../../nbs/trainers/05_trainer.ipynb #0909be51
+# %% ../../nbs/trainers/05_trainer.ipynb #b704723b
 @patch
-def finite(self:Trainer, losses:Mapping[str, Tensor], batch:Mapping, logits:Tensor) -> dict[str, float]:
+def finite(self:Trainer, losses:Mapping[str, Tensor], batch:Mapping, logits:Tensor
+           ) -> dict[str, float]:
     "Means of the losses over the processes; NotFinite with terms and cases when one is not finite."
     stacked = torch.stack([loss.detach().float() for loss in losses.values()])
     bad = [name for name, ok in zip(losses, torch.isfinite(stacked).tolist()) if not ok]
@@ -231,11 +235,11 @@ def not_finite(self:Trainer, what:str, cases:list[str]) -> NotFinite:
     return NotFinite(f"{what} is not finite in step {self.step_number}, cases {', '.join(cases)}; "
                      f"the last checkpoint in {self.folder} is from before")
 
-# %% ../../nbs/trainers/05_trainer.ipynb #bb146604
+# %% ../../nbs/trainers/05_trainer.ipynb #21bf6435
 @patch
 def check_gradient(self:Trainer, work:Step, weights:Mapping[str, float]) -> None:
-    """Clip when asked. NotFinite with the terms at fault when the gradient is not finite; fp16's scaler
-    skips such a step instead."""
+    """Clip when asked. NotFinite with the terms at fault when the gradient is not finite; fp16's
+    scaler skips such a step instead."""
     clip, scaled = self.recipe.clip, self.accelerator.scaler is not None
     trained = [p for p in self.module.parameters() if p.grad is not None]
     if clip: norm = self.accelerator.clip_grad_norm_(trained, clip)
@@ -254,10 +258,10 @@ def blame(self:Trainer, work:Step, weights:Mapping[str, float]) -> list[str]:
         return all(torch.isfinite(g).all() for g in grads if g is not None)
     return [name for name, loss in losses.items() if not healthy(loss)] or list(losses)
 
-# %% ../../nbs/trainers/05_trainer.ipynb #172d5509
+# %% ../../nbs/trainers/05_trainer.ipynb #09ecfe09
 @patch
 def adversary_step(self:Trainer, student:Taps, work:Step) -> dict[str, float]:
-    "One step of the discriminator, in float32, on what both networks gave before the student's step."
+    "One step of the discriminator, in float32, on what both networks gave before the step."
     with torch.autocast(self.device.type, enabled=False):
         losses = self.adversary_net(student, work.teacher, work.batch)
         values = self.finite(losses, work.batch, student["out"])
@@ -295,7 +299,7 @@ def advance(self:Trainer, batch:dict, came:list[int]) -> None:
     if self.anywhere(bool(came) or late) or validated: self.save()
     if self.anywhere(bool(came)): self.stop(came)
 
-# %% ../../nbs/trainers/05_trainer.ipynb #316595f7
+# %% ../../nbs/trainers/05_trainer.ipynb #326b619e
 @patch
 def due(self:Trainer) -> bool:
     "Whether a validation follows the step just done."
@@ -311,14 +315,14 @@ def anywhere(self:Trainer, flag:bool) -> bool:
 @patch
 def stop(self:Trainer, came:list[int]) -> None:
     "Leave, with a checkpoint written, as the signal asks."
-    self.say(f"stopped after step {self.step_number} of {self.total}; the same call continues from here")
+    self.say(f"stopped after step {self.step_number} of {self.total}; the same call continues here")
     raise SystemExit(143) if signal.SIGTERM in came else KeyboardInterrupt
 
 @patch
 def say(self:Trainer, line:str) -> None:
     if self.main: print(line, flush=True)
 
-# %% ../../nbs/trainers/05_trainer.ipynb #440a64e0
+# %% ../../nbs/trainers/05_trainer.ipynb #4df2cf36
 @patch
 def end_epoch(self:Trainer) -> None:
     "Validate on the first process, keep the best weights, print one line."
@@ -333,7 +337,7 @@ def end_epoch(self:Trainer) -> None:
 
 @patch
 def keep_best(self:Trainer, score:float) -> None:
-    "Write the student's weights when `score` is the best so far, and always while there is no score."
+    "Write the student's weights when `score` is the best so far, and while there is no score."
     if score <= self.best or (math.isnan(score) and not math.isnan(self.best)): return
     self.best, self.best_step = score, self.step_number
     about = dict(run=self.folder.name, step=str(self.step_number), score=str(score))
@@ -414,37 +418,37 @@ def load(self:Trainer, state:Mapping) -> None:
     self.step_number, self.seconds = state["step"], state["seconds"]
     self.best, self.best_step = state["best"], state["best_step"]
 
-# %% ../../nbs/trainers/05_trainer.ipynb #48853acc
+# %% ../../nbs/trainers/05_trainer.ipynb #5eadf356
 @patch
 def check_same(self:Trainer, state:Mapping) -> None:
     "ValueError when the checkpoint belongs to another teacher or another recipe."
+    before, now = (str(sha)[:8] for sha in (state["teacher_sha256"], self.teacher_sha256))
     if state["teacher_sha256"] != self.teacher_sha256:
-        raise ValueError(f"{self.folder} was trained with the teacher {str(state['teacher_sha256'])[:8]}, "
-                         f"this one is {str(self.teacher_sha256)[:8]}; use the same weights, or another "
-                         "run folder")
+        raise ValueError(f"{self.folder} was trained with the teacher {before}, this one is {now}; "
+                         "use the same weights, or another run folder")
     if state["decided"] != self.decided:
-        raise ValueError(f"the checkpoint in {self.folder} belongs to run {state['decided']}, this is "
-                         f"{self.decided}; use another run folder")
+        raise ValueError(f"the checkpoint in {self.folder} belongs to run {state['decided']}, this "
+                         f"is {self.decided}; use another run folder")
 
 @patch
 def match_files(self:Trainer) -> None:
-    "Cut the log to what the checkpoint counts; `Damaged` when that, or the best weights, are not there."
-    last = dict(train=self.step_number - 1, val=self.step_number)
-    rows = [row for row in read_jsonl(self.folder/"metrics.jsonl") if row["step"] <= last[row["kind"]]]
+    "Cut the log to what the checkpoint counts; `Damaged` without that or the best weights."
+    log, last = self.folder/"metrics.jsonl", dict(train=self.step_number - 1, val=self.step_number)
+    rows = [row for row in read_jsonl(log) if row["step"] <= last[row["kind"]]]
     if sum(row["kind"] == "train" for row in rows) != self.step_number:
-        raise Damaged(f"{self.folder}/metrics.jsonl does not hold the {self.step_number} steps that "
-                      "the checkpoint counts; put a copy of it back, or delete the folder to train again")
+        raise Damaged(f"{log} does not hold the {self.step_number} steps that the checkpoint "
+                      "counts; put a copy of it back, or delete the folder to train again")
     if self.best_step is not None: read_weights(self.folder/"best.safetensors")
     else: write_json(self.folder/"wiring.json", self.wiring)
-    lines = [json.dumps(row) + "\n" for row in rows]
-    write_atomic(self.folder/"metrics.jsonl", "".join(lines))
+    write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows))
 
 @patch
 def finish(self:Trainer) -> dict:
     "Write and return the report."
     self.seconds = self.before + time.monotonic() - self.started
-    report = dict(steps=self.total, epochs=self.total / self.places.steps, best=none_if_nan(self.best),
-                  best_step=self.best_step, data=self.splits.name, phantom=self.splits.phantom,
+    report = dict(steps=self.total, epochs=self.total / self.places.steps,
+                  best=none_if_nan(self.best), best_step=self.best_step,
+                  data=self.splits.name, phantom=self.splits.phantom,
                   selected_by="last step" if math.isnan(self.best) else "validation",
                   seconds=round(self.seconds, 1), processes=self.world,
                   peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
