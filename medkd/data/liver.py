@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'read_patient', 'native_label', 'read_slices', 'check_patients', 'load_liver', 'liver_source']
 
-# %% ../../nbs/data/11_liver.ipynb #7342ada8
+# %% ../../nbs/data/11_liver.ipynb #590a0ad7
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,30 +13,35 @@ import numpy as np
 from .base import Source, Splits, fingerprint
 from .files import cached, checksums
 from .liver_files import CHAOS, LITS, Liver, check_liver, write_liver
+from .scans import Scan
 from .slices import Slices, TrainSlices, prepare_scan, split_patients
 
-# %% ../../nbs/data/11_liver.ipynb #b0c67c85
-def read_patient(liver:Liver, folder:Path, patient:str):  # -> scan, liver (Z,H,W) bool
+# %% ../../nbs/data/11_liver.ipynb #221ceff7
+def read_patient(liver:Liver, name:str, # of the data set, as `verify` knows it
+                 folder:Path, patient:str) -> tuple[Scan, np.ndarray]: # scan, liver (Z,H,W) bool
     "One patient. ValueError that names each bad file."
     scan, label, problems = liver.inspect(folder, patient, liver.find(folder)[patient])
     if problems:
         raise ValueError("\n".join([f"{folder}:", *map(str, problems), "fetch these files again "
-                                    f"(python -m medkd verify {liver.name} checks all)"]))
+                                    f"(python -m medkd verify {name} checks all)"]))
     return scan, label
 
-# %% ../../nbs/data/11_liver.ipynb #efb8d985
-def native_label(liver:Liver, folder:Path, patient:str) -> np.ndarray: # (Z,H,W) uint8
+# %% ../../nbs/data/11_liver.ipynb #3f8c8126
+def native_label(liver:Liver, name:str, folder:Path, patient:str) -> np.ndarray: # (Z,H,W) uint8
     "The liver of a patient on the scanner's grid, in the order of its slices."
-    return read_patient(liver, folder, patient)[1].astype(np.uint8)
+    return read_patient(liver, name, folder, patient)[1].astype(np.uint8)
 
-# %% ../../nbs/data/11_liver.ipynb #e22e57ea
-def read_slices(liver:Liver, folder:Path, patient:str, size:int, sums:dict[str, str] # of its files
+# %% ../../nbs/data/11_liver.ipynb #76ad4828
+def read_slices(liver:Liver, name:str, folder:Path, patient:str,
+                size:int,            # side of a slice, pixels
+                sums:dict[str, str], # of the patient's files
                 ) -> dict[str, np.ndarray]: # see `prepare_scan`
     "One patient at the network's size, prepared or from the cache."
-    key = " ".join([f"liver 1 {liver.name} {size}", *(f"{path}={sums[path]}" for path in sorted(sums))])
-    return cached(key, lambda: prepare_scan(*read_patient(liver, folder, patient), size))
+    files = [f"{path}={sums[path]}" for path in sorted(sums)]
+    key = " ".join([f"liver 1 {liver.name} {size}", *files])
+    return cached(key, lambda: prepare_scan(*read_patient(liver, name, folder, patient), size))
 
-# %% ../../nbs/data/11_liver.ipynb #7fc012cb
+# %% ../../nbs/data/11_liver.ipynb #756db677
 def check_patients(liver:Liver, folder:Path, found:Sequence[str],
                    cases:Sequence[str]|None, # those of a phantom twin
                    split:bool):
@@ -47,13 +52,13 @@ def check_patients(liver:Liver, folder:Path, found:Sequence[str],
     least = 3 if split else 1
     if len(found) < least:
         raise ValueError(
-            f"{liver.name}: labelled patients found: {len(found)} ({', '.join(found) or 'none'}) in "
-            f"{folder}/{liver.where}; at least {least} are needed"
+            f"{liver.name}: labelled patients found: {len(found)} ({', '.join(found) or 'none'}) "
+            f"in {folder}/{liver.where}; at least {least} are needed"
             f"{' for training, validation and test' * split}. Put the others there, "
             f"{'take split=False to test only, ' * (split and len(found) > 0)}"
             f"or ask for 'phantom:{liver.name}'")
 
-# %% ../../nbs/data/11_liver.ipynb #b6eca480
+# %% ../../nbs/data/11_liver.ipynb #b270b04a
 def load_liver(liver:Liver,
                folder:Path,           # in official layout
                cases:Sequence[str]|None=None, # patients of a phantom twin; None: whoever is there
@@ -66,16 +71,19 @@ def load_liver(liver:Liver,
         raise ValueError(f"size={size!r}; expected a positive number of pixels")
     files = liver.find(folder)
     check_patients(liver, folder, list(files), cases, split)
-    names = {patient: sum(own.values(), []) for patient, own in files.items()}
-    sums = checksums(folder, sum(names.values(), []))
-    parts = split_patients(list(files), split_seed) if split else dict(train=[], val=[], test=list(files))
-    scans = {part: [read_slices(liver, folder, patient, size, {n: sums[n] for n in names[patient]})
+    name = liver.name if cases is None else f"phantom:{liver.name}"
+    sums = {patient: checksums(folder, own["image"] + own["label"])
+            for patient, own in files.items()}
+    found = list(files)
+    parts = split_patients(found, split_seed) if split else dict(train=[], val=[], test=found)
+    scans = {part: [read_slices(liver, name, folder, patient, size, sums[patient])
                     for patient in chosen] for part, chosen in parts.items()}
-    truth = partial(native_label, liver, folder)
+    truth = partial(native_label, liver, name, folder)
     return Splits(liver.name, TrainSlices(parts["train"], scans["train"], empty=empty),
-                  Slices(parts["val"], scans["val"], truth), Slices(parts["test"], scans["test"], truth),
-                  ("background", "liver"),
-                  fingerprint(parts, sums, dict(size=size, empty=empty)), unit="mm", patch=(size, size))
+                  Slices(parts["val"], scans["val"], truth),
+                  Slices(parts["test"], scans["test"], truth), ("background", "liver"),
+                  fingerprint(parts, {path: s for own in sums.values() for path, s in own.items()},
+                              dict(size=size, empty=empty)), unit="mm", patch=(size, size))
 
 # %% ../../nbs/data/11_liver.ipynb #7f17670d
 def liver_source(liver:Liver, twin:Sequence[str], split:bool, **facts) -> Source:
@@ -85,10 +93,10 @@ def liver_source(liver:Liver, twin:Sequence[str], split:bool, **facts) -> Source
                   cases=tuple(twin), size=(20, 128, 128),
                   task="liver in axial CT slices, 2 classes", **facts)
 
-# %% ../../nbs/data/11_liver.ipynb #b7c3f6d5
+# %% ../../nbs/data/11_liver.ipynb #9856cb63
 SOURCES = (
     liver_source(CHAOS, CHAOS.cases, True, title="CHAOS (CT)", folder="CHAOS",
-                 page="https://chaos.grand-challenge.org, archive https://doi.org/10.5281/zenodo.3362844",
+                 page="https://doi.org/10.5281/zenodo.3362844",
                  terms="open, CC BY-NC-SA 4.0"),
     liver_source(LITS, LITS.cases[:4] + LITS.cases[28:32], False, title="LiTS", folder="LiTS",
                  page="https://competitions.codalab.org/competitions/17094",

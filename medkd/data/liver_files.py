@@ -19,11 +19,12 @@ from .base import Problem, Problems
 from .files import decode, digest
 from .scans import Scan, check_series, read_nifti, read_slice, same_grid, stack
 
-# %% ../../nbs/data/10_liver_files.ipynb #89160314
+# %% ../../nbs/data/10_liver_files.ipynb #9851e8b3
 def find_chaos(folder:Path) -> dict[str, dict[str, list[str]]]: # patient -> role -> paths
     "Patients of `Train_Sets/CT`: DICOM slices and PNG masks, each sorted by name."
     listed = lambda place, kind: sorted(str(p.relative_to(folder)) for p in place.glob(kind))
-    return {place.name: dict(image=listed(place, "DICOM_anon/*.dcm"), label=listed(place, "Ground/*.png"))
+    return {place.name: dict(image=listed(place, "DICOM_anon/*.dcm"),
+                             label=listed(place, "Ground/*.png"))
             for place in sorted((folder / "Train_Sets/CT").glob("*"), key=number) if place.is_dir()}
 
 # %% ../../nbs/data/10_liver_files.ipynb #1c9b9f99
@@ -53,7 +54,7 @@ def read_all(folder:Path, names:Sequence[str], read:Callable # path -> anything,
             problems.append(Problem(name, "damaged", str(error)))
     return found, problems
 
-# %% ../../nbs/data/10_liver_files.ipynb #a75010f9
+# %% ../../nbs/data/10_liver_files.ipynb #b194a4ae
 def inspect_chaos(folder:Path, patient:str, files:dict[str, list[str]]
                   ) -> tuple[Scan|None, np.ndarray|None, list[Problem]]:
     "The scan (HU) and the liver (Z,H,W) bool of a CHAOS patient, None when there is any problem."
@@ -67,7 +68,8 @@ def inspect_chaos(folder:Path, patient:str, files:dict[str, list[str]]
         problems.append(Problem(fewer, "missing", count + holes(files["label"])))
     labels, damaged = read_all(folder, files["label"], lambda path: decode(path, "L"))
     shape = next(iter(slices.values())).pixels.shape if slices else None
-    problems += damaged + [p for name, mask in labels.items() for p in check_mask(name, mask, shape)]
+    problems += damaged
+    problems += [p for name, mask in labels.items() for p in check_mask(name, mask, shape)]
     if not problems and not any(mask.any() for mask in labels.values()):
         problems.append(Problem(masks, "values", "no liver in any mask"))
     if problems:
@@ -81,7 +83,7 @@ def holes(names:Sequence[str]) -> str:
     absent = sorted(set(range(min(there, default=0), max(there, default=0))) - there)
     return f"; no mask has the number {', '.join(map(str, absent[:5]))}" if absent else ""
 
-# %% ../../nbs/data/10_liver_files.ipynb #4b8e46d1
+# %% ../../nbs/data/10_liver_files.ipynb #04215008
 def check_mask(name:str, mask:np.ndarray, # (H,W) grey values
                shape:tuple[int, int]|None # of the slices
                ) -> list[Problem]:
@@ -90,7 +92,7 @@ def check_mask(name:str, mask:np.ndarray, # (H,W) grey values
     if shape and mask.shape != shape:
         problems.append(Problem(name, "size", f"the mask is {mask.shape}, its slice {shape}"))
     if len(grey) > 1:
-        problems.append(Problem(name, "values", f"holds {grey[:5]}, expected 0 and one other value"))
+        problems.append(Problem(name, "values", f"holds {grey[:5]}, expected 0 and one other"))
     return problems
 
 # %% ../../nbs/data/10_liver_files.ipynb #74967f9c
@@ -116,7 +118,7 @@ def inspect_lits(folder:Path, patient:str, files:dict[str, list[str]]
         problems.append(Problem(name, "values", "no liver in it"))
     return (None, None, problems) if problems else (scan, label.pixels > 0, [])
 
-# %% ../../nbs/data/10_liver_files.ipynb #4e973420
+# %% ../../nbs/data/10_liver_files.ipynb #5c4e11ed
 def partners(patient:str, files:dict[str, list[str]]) -> list[Problem]:
     "A volume without segmentation, a segmentation without volume, and files that are there twice."
     problems = [Problem(name, "duplicate", f"{names[0]} is there too")
@@ -124,7 +126,8 @@ def partners(patient:str, files:dict[str, list[str]]) -> list[Problem]:
     for role, stem, other in (("image", "volume", "label"), ("label", "segmentation", "image")):
         if not files[role]:
             name = Path(files[other][0]).with_name(f"{stem}-{patient}.nii")
-            problems.append(Problem(str(name), "missing", f"its partner is here: {files[other][0]}"))
+            partner = f"its partner is here: {files[other][0]}"
+            problems.append(Problem(str(name), "missing", partner))
     return problems
 
 # %% ../../nbs/data/10_liver_files.ipynb #b0e2fbe7
@@ -141,7 +144,7 @@ def write_chaos(folder:Path, case:str, scan:dict, # from `abdomen`
         file.save_as(place / "DICOM_anon" / name.format(k), enforce_file_format=True)
         Image.fromarray(label > 0).save(place / "Ground" / f"liver_GT_{k:03d}.png")
 
-# %% ../../nbs/data/10_liver_files.ipynb #a131e657
+# %% ../../nbs/data/10_liver_files.ipynb #4147eee5
 def dicom(case:str, k:int, # place in the series, from the head
           hu:np.ndarray,   # (H,W)
           spacing:tuple[float, float, float], slope:float, intercept:float): # -> pydicom Dataset
@@ -156,7 +159,8 @@ def dicom(case:str, k:int, # place in the series, from the head
             SOPClassUID=CTImageStorage, SOPInstanceUID=uid(k), StudyInstanceUID=uid("study"),
             SeriesInstanceUID=uid("series"), Modality="CT", PatientName=f"PHANTOM^CT_SET_{case}",
             PatientID=case, PatientPosition="FFS", SeriesNumber=1, InstanceNumber=k + 1,
-            SliceThickness=step[0], PixelSpacing=step[1:], ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+            SliceThickness=step[0], PixelSpacing=step[1:],
+            ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
             ImagePositionPatient=[round(-n * s / 2, 6) for n, s in zip(hu.shape[::-1], step[:0:-1])]
             + [round(1500 - k * step[0], 6)], Rows=hu.shape[0], Columns=hu.shape[1],
             SamplesPerPixel=1, PhotometricInterpretation="MONOCHROME2", BitsAllocated=16,
@@ -167,7 +171,7 @@ def dicom(case:str, k:int, # place in the series, from the head
     file.PixelData = stored.astype("<i2").tobytes()
     return file
 
-# %% ../../nbs/data/10_liver_files.ipynb #ff80dabb
+# %% ../../nbs/data/10_liver_files.ipynb #92ce3694
 def write_lits(folder:Path, case:str, scan:dict, # from `abdomen`
                rng:np.random.Generator):
     "One patient of `Training Batch 1` or `2`."
@@ -179,7 +183,8 @@ def write_lits(folder:Path, case:str, scan:dict, # from `abdomen`
     affine = np.diag([-scan["spacing"][2], -scan["spacing"][1], scan["spacing"][0], 1])
     affine[:3, 3] = rng.uniform(-300, 300, 3)
     turn = ornt_transform(axcodes2ornt("LPS"), axcodes2ornt(code))
-    for stem, values in (("volume", np.round(scan["hu"]).astype(np.int16)), ("segmentation", scan["label"])):
+    volume = np.round(scan["hu"]).astype(np.int16)
+    for stem, values in (("volume", volume), ("segmentation", scan["label"])):
         upright = nibabel.Nifti1Image(values.transpose(2, 1, 0), affine)
         nibabel.save(upright.as_reoriented(turn), place / f"{stem}-{case}.nii")
 
@@ -214,21 +219,23 @@ def write_liver(liver:Liver,
         rng = np.random.default_rng([seed, *f"{liver.name} {case}".encode()])
         liver.write(folder, case, abdomen(rng, STYLES[liver.name], size), rng)
 
-# %% ../../nbs/data/10_liver_files.ipynb #35e7144d
+# %% ../../nbs/data/10_liver_files.ipynb #d0be1aa3
 def check_liver(liver:Liver, folder:Path, # in official layout
                 cases:Sequence[str]|None=None, # those of a phantom twin; None: whatever is there
                 ) -> Problems:
     "Everything wrong with the files of a liver set."
     files, first, problems = liver.find(folder), {}, []
+    count = sum(len(names) for own in files.values() for names in own.values())
     for patient, own in files.items():
         scan, _, wrong = liver.inspect(folder, patient, own)
         problems += wrong
         same = scan and first.setdefault(digest(scan.pixels), patient)
         if same and same != patient:
-            problems.append(Problem(own["image"][0], "duplicate", f"patient {patient} is patient {same}"))
+            problems.append(Problem(own["image"][0], "duplicate",
+                                    f"patient {patient} is patient {same}"))
     absent = [case for case in cases or () if case not in files]
     problems += [Problem(liver.where, "missing", f"patient {case} is not here") for case in absent]
     if not files and not absent:
         problems.append(Problem(liver.where, "missing", "nothing of this kind is here"))
     problems.sort(key=lambda problem: problem.file)
-    return Problems(liver.name, folder, sum(len(names) for own in files.values() for names in own.values()), problems)
+    return Problems(liver.name, folder, count, problems)

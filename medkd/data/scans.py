@@ -65,14 +65,15 @@ class Slice:
         "What all slices of a series share."
         return self.pixels.shape, self.spacing, self.directions
 
-# %% ../../nbs/data/07_scans.ipynb #ad1e2c5c
+# %% ../../nbs/data/07_scans.ipynb #5a782c5b
 def read_slice(path:Path) -> Slice:
     "A DICOM file. ValueError when it is damaged or lacks what places and scales it."
     from pydicom import dcmread
     with readable():
         file = dcmread(path)
         floats = lambda name: tuple(float(x) for x in file[name].value)
-        pixels = file.pixel_array * np.float32(file.RescaleSlope) + np.float32(file.RescaleIntercept)
+        slope, intercept = np.float32(file.RescaleSlope), np.float32(file.RescaleIntercept)
+        pixels = file.pixel_array * slope + intercept
         if pixels.ndim != 2:
             raise ValueError(f"holds {pixels.shape} values, expected one slice")
         return Slice(pixels, int(file.InstanceNumber), floats("ImagePositionPatient"),
@@ -90,7 +91,7 @@ def check_series(folder:str,                 # the series, as its problems name 
                    f"those of the series {usual}") for name, s in slices.items() if s.grid != usual]
     return odd or check_places(folder, slices)
 
-# %% ../../nbs/data/07_scans.ipynb #b15b2e2e
+# %% ../../nbs/data/07_scans.ipynb #f0547d80
 def check_places(folder:str, slices:Mapping[str, Slice]) -> list[Problem]:
     "Doubled, missing and disordered slices of a series, by place and number."
     ranked = sorted(slices, key=lambda name: slices[name].place)
@@ -104,8 +105,8 @@ def check_places(folder:str, slices:Mapping[str, Slice]) -> list[Problem]:
             problems.append(Problem(f"{folder}/{second}", "duplicate", f"lies {step:.2f} mm from "
                                     f"{first}; slices are {usual:.2f} mm apart"))
         elif step > usual * 1.5:
-            problems.append(Problem(folder, "missing", f"{round(step / usual) - 1} slices between "
-                                    f"{first} and {second}: {step:.2f} mm apart, not {usual:.2f}"))
+            hole = f"slices missing between {first} and {second}: {round(step / usual) - 1}"
+            problems.append(Problem(folder, "missing", f"{hole} ({step:.2f} mm, not {usual:.2f})"))
     names = [name for name in slices if name not in twice]
     if problems == [] and names != ranked and names != ranked[::-1]:
         problems.append(Problem(folder, "grid", "file names are not in the order of the slices"))
@@ -131,13 +132,13 @@ def stack(slices:Mapping[str, Slice] # a series without problems, sorted by name
                            np.multiply(first.directions[:3], first.spacing[1]), first.position], 1)
     return Scan(np.stack([s.pixels for s in slices.values()]), np.diag([-1., -1, 1, 1]) @ affine)
 
-# %% ../../nbs/data/07_scans.ipynb #08371b13
+# %% ../../nbs/data/07_scans.ipynb #b1523b3b
 def read_nifti(path:Path, dtype:type=np.float32) -> Scan:
     "A 3-D NIfTI file, upright. ValueError when it is damaged or not 3-D."
     import nibabel
     from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
     with readable():
-        image = nibabel.load(path)
+        image = nibabel.load(path, mmap=False)
         if len(image.shape) != 3:
             raise ValueError(f"its shape is {image.shape}, expected 3 axes")
         turn = ornt_transform(io_orientation(image.affine), axcodes2ornt("LPS"))

@@ -50,15 +50,16 @@ def split_patients(patients:Sequence[str], # at least three
     parts = dict(test=drawn[:test], val=drawn[test:test + val], train=drawn[test + val:])
     return {part: [patients[i] for i in sorted(parts[part])] for part in ("train", "val", "test")}
 
-# %% ../../nbs/data/08_slices.ipynb #6a4b7d37
+# %% ../../nbs/data/08_slices.ipynb #3998dc96
 class Slices:
-    """Axial slices of whole scans: image (1,N,N) float32 in [0,1], label (N,N) int64, spacing (mm, of
-    the slice at this size), case = patient_slice; `patients` says whose each slice is."""
+    """Axial slices of whole scans: image (1,N,N) float32 in [0,1], label (N,N) int64, spacing (mm,
+    of the slice at this size), case = patient_slice; `patients` says whose each slice is."""
     def __init__(self, names:Sequence[str],    # of the patients
                  scans:Sequence[dict],         # from `prepare_scan`
                  truth:Callable|None=None):    # name -> (Z,H,W) uint8 label on the scanner's grid
         self.scans, self.truth = dict(zip(names, scans)), truth
-        self.places = [(name, k) for name, scan in self.scans.items() for k in range(len(scan["image"]))]
+        self.places = [(name, k) for name, scan in self.scans.items()
+                       for k in range(len(scan["image"]))]
         self.cases = tuple(f"{name}_{k:03d}" for name, k in self.places)
         self.patients = tuple(name for name, _ in self.places)
 
@@ -85,12 +86,12 @@ class Slices:
         return dict(cases=[c for c, p in zip(self.cases, self.patients) if p == name],
                     label=self.truth(name), spacing=tuple(self.scans[name]["spacing"].tolist()))
 
-# %% ../../nbs/data/08_slices.ipynb #ade411cf
+# %% ../../nbs/data/08_slices.ipynb #9afdd9c2
 class TrainSlices(Slices):
     """Random slices for training. `sample(index, rng)` draws from `rng` alone; `self[index]` is one
     of them, always the same."""
     def __init__(self, names:Sequence[str], scans:Sequence[dict],
-                 empty:float=.2): # share of slices without foreground in an epoch, where there are any
+                 empty:float=.2): # share of slices without foreground in an epoch
         super().__init__(names, scans)
         if not 0 <= empty < 1:
             raise ValueError(f"empty={empty}; expected a share from 0 up to, not including, 1")
@@ -111,12 +112,12 @@ class TrainSlices(Slices):
         place = self.full[index] if index < len(self.full) else rng.choice(self.empty)
         return self.item(place, lambda **arrays: jitter(rng, **arrays))
 
-# %% ../../nbs/data/08_slices.ipynb #b7f582ef
+# %% ../../nbs/data/08_slices.ipynb #b04c50f8
 def jitter(rng:np.random.Generator,
            image:np.ndarray, # (N,N) float32 in [0,1]
            label:np.ndarray  # (N,N) uint8
            ) -> dict[str, np.ndarray]: # image, label
-    "Mirrored or not, turned by up to 10 degrees, scaled and shifted by up to 10 %; the image relit."
+    "Mirrored or not, turned by up to 10 degrees, scaled, shifted by up to 10 %; the image relit."
     from scipy.ndimage import affine_transform
     mirror, angle = rng.choice((-1, 1)), rng.uniform(-math.pi, math.pi) / 18
     scale, shift = rng.uniform(.9, 1.1), rng.uniform(-.1, .1, 2) * len(image)
