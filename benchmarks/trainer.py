@@ -3,9 +3,9 @@
 python benchmarks/trainer.py [--quick] [--json PATH]
 
 Both train the same student with the same teacher, losses, optimiser, schedule, patches and
-precision from the same start, a step of one after a step of the other; their losses are asserted to be equal.
-Reading the batch is left out. The times are medians over the steps. What a run pays once, the
-wiring check and each checkpoint, is given apart.
+precision from the same start, a step of one after a step of the other; their losses are asserted to
+be equal. Reading the batch is left out. The times are medians over the steps. What a run pays once,
+the wiring check and each checkpoint, is given apart.
 """
 import tempfile
 import time
