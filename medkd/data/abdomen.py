@@ -163,7 +163,7 @@ def paint_chest(art:Painting, radius:np.ndarray):
     art.paint(chest & (space.blob((.1, .2, 0), (.085, .12, 1e6)) < 1), 42, 115)
     art.organ((.12, -.38, 1.15), (.46, .46, .5), 40, 105)
 
-# %% ../../nbs/data/09_abdomen.ipynb #e4f40301
+# %% ../../nbs/data/09_abdomen.ipynb #e6193f26
 def paint_tumours(art:Painting, count:int):
     "Dark, uneven masses in the liver, some with a bright rim: label 2."
     rng, space = art.rng, art.space
@@ -173,9 +173,9 @@ def paint_tumours(art:Painting, count:int):
             return
         k, row, column = inside[rng.integers(len(inside))]
         centre = space.u[0, 0, column], space.v[0, row, 0], space.w[k, 0, 0]
-        radius = rng.uniform(7, 30) / np.array(space.half)
+        radius = rng.uniform(9, 30) / np.array(space.half)
         field = space.blob(centre, radius) + .25 * haze(rng, space.shape, 12)
-        for limit, hu in ((1.25, rng.choice((0, 25))), (1, -rng.uniform(25, 60))):
+        for limit, hu in ((1.25, rng.choice((0, 25))), (1, -rng.uniform(35, 75))):
             where = (field < limit) & (art.label > 0)
             art.hu[where] += hu
             art.label[where & (field < 1)] = 2
