@@ -75,14 +75,15 @@ def choose(text:str,             # comma-separated names
     if len(set(names)) < len(names): raise ValueError(f"{text!r} names a {kind} twice")
     return {name: known[name] for name in names}
 
-# %% ../nbs/10_papers.ipynb #ff26bfe0
+# %% ../nbs/10_papers.ipynb #7371b71b
 def load_present(names:Sequence[str], root:str|None=None, **options) -> dict:
     "name -> Splits of the data sets that are there; the others are named, with the reason, in one printed line each."
-    from medkd.data import load
+    from medkd.data import find, load
     found = {}
     for name in names:
-        try: found[name] = load(name, root, **options)
+        try: find(name, root)
         except FileNotFoundError as error: print(f"left out: {error}")
+        else: found[name] = load(name, root, **options)
     return found
 
 # %% ../nbs/10_papers.ipynb #41fac231
