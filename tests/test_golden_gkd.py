@@ -5,7 +5,6 @@ steps, so in float32 the losses of the recipe's own learning rate repeat on one 
 So: `float32` with a learning rate that keeps rounding small, `float64` with the recipe's own. The numbers are written by
 `python tests/test_golden_gkd.py`.
 """
-import json
 import os
 import tempfile
 from dataclasses import replace

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from notebooks import GKD, Cells, Done, alone, cache, given, papermill, shared  # noqa: F401
+from notebooks import Cells, Done, alone, cache, given, papermill, shared  # noqa: F401
 from PIL import Image
 
 from medkd.core import weights_sha256
