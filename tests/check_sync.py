@@ -18,7 +18,8 @@ def export_and_clean(folder):
     "As `make export` does."
     for command in (["nbdev_export"], ["nbdev_clean"], ["nbdev_clean", "--fname", "papers"]):
         if "papers" in command and not (folder/"papers").is_dir(): continue
-        subprocess.run([Path(sys.executable).parent/command[0], *command[1:]], cwd=folder, check=True,
+        subprocess.run([Path(sys.executable).parent/command[0], *command[1:]], cwd=folder,
+                       check=True,
                        stdout=subprocess.DEVNULL)
 
 
@@ -26,7 +27,8 @@ def differences(folder, names):
     "Files of `folder` that are not as in the working tree, and those that are new there."
     made = {str(path.relative_to(folder)) for path in folder.rglob("*")
             if path.is_file() and "__pycache__" not in path.parts}
-    other = [name for name in names if not (folder/name).is_file() or (folder/name).read_bytes() != (ROOT/name).read_bytes()]
+    def same(name): return name in made and (folder/name).read_bytes() == (ROOT/name).read_bytes()
+    other = [name for name in names if not same(name)]
     return sorted({*other, *(made - set(names))})
 
 

@@ -18,16 +18,19 @@ from medkd.trainers import fit
 
 
 def recipe_of(teacher):
-    "A projector, a queue, a discriminator, a run as teacher and as argument of a term; no batch statistics."
+    "Projector, queue, discriminator; a run as teacher and in a term; no batch statistics."
     return replace(
-        toy.alone, teacher=teacher, adversary=partial(toy.Judge, norm=False, lr=1e-3), steps=6, epochs=None,
-        trainer=toy.Digests, terms=(Seg, KD, toy.Projected, toy.Queued, partial(toy.Assisted, assistant=teacher)),
+        toy.alone, teacher=teacher, adversary=partial(toy.Judge, norm=False,
+                                                      lr=1e-3), steps=6, epochs=None,
+        trainer=toy.Digests, terms=(Seg, KD, toy.Projected, toy.Queued,
+                                    partial(toy.Assisted, assistant=teacher)),
         weights=dict(seg=1, kd=.5, projected=.1, queued=.1, assisted=.1, adversarial=.01))
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    return recipe_of(fit(replace(toy.alone, steps=4, epochs=None, seed=5), tmp_path_factory.mktemp("teacher")/"run"))
+    return recipe_of(fit(replace(toy.alone, steps=4, epochs=None, seed=5),
+                         tmp_path_factory.mktemp("teacher")/"run"))
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +69,8 @@ def test_killed_parent_leaves_nobody_and_the_run_continues(two, recipe, tmp_path
     assert not (folder/"report.json").exists()
     run = fit(slow, tmp_path/"run", nproc=2)
     assert toy.outcome(run.path)["log"] == toy.outcome(two.path)["log"]
-    assert toy.outcome(run.path)["state"]["objective"] == toy.outcome(two.path)["state"]["objective"]
-    assert toy.outcome(run.path)["state"]["optimiser"] == toy.outcome(two.path)["state"]["optimiser"]
+    ours, theirs = (toy.outcome(each.path)["state"] for each in (run, two))
+    for part in ("objective", "optimiser", "adversary"): assert ours[part] == theirs[part]
 
 
 def test_interrupt_keeps_a_checkpoint(recipe, tmp_path):
@@ -88,7 +91,8 @@ def test_one_failing_rank_ends_all(recipe, tmp_path):
         fit(replace(recipe, trainer=toy.Losing), tmp_path/"run", nproc=2)
     assert time.monotonic() - started < 60
     mine = str(tmp_path)
-    assert not [p for p in psutil.process_iter(["cmdline"]) if mine in " ".join(p.info["cmdline"] or ())]
+    lines = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
+    assert not [line for line in lines if mine in line]
 
 
 @pytest.mark.parametrize("change, named", [

@@ -1,4 +1,4 @@
-"""A golden curve: 20 steps of student + KD + AT on toy data, float32, CPU. It moves only with the numerics."""
+"""A golden curve: 20 steps of student + KD + AT on toy data, float32, CPU."""
 from dataclasses import replace
 
 import pytest

@@ -5,7 +5,8 @@ import sys
 
 import medkd
 
-HEAVY = ("monai", "skimage", "sklearn", "seaborn", "pandas", "accelerate", "matplotlib.pyplot", "tensorboard")
+HEAVY = ("monai", "skimage", "sklearn", "seaborn", "pandas", "accelerate", "matplotlib.pyplot",
+         "tensorboard")
 
 
 def imported_by(code):

@@ -30,16 +30,23 @@ def copy_of_sources(folder):
 
 def test_wheel(tmp_path):
     source = copy_of_sources(tmp_path/"source")
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--disable-pip-version-check",
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation",
+        "--disable-pip-version-check",
         "-q", "-w", tmp_path, source, cwd=tmp_path)
     wheel, = tmp_path.glob("*.whl")
     venv.create(tmp_path/"venv")
     python = tmp_path/"venv"/"bin"/"python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index",
         "--disable-pip-version-check", wheel, cwd=tmp_path)
-    script = ("import json, medkd; from importlib.metadata import files, metadata; m = metadata('medkd');"
-              "print(json.dumps(dict(where=medkd.__file__, version=medkd.__version__, python=m['Requires-Python'],"
-              "licence=m.get('License-Expression') or m['License'], files=[str(f) for f in files('medkd')])))")
+    script = """if True:
+        import json, medkd
+        from importlib.metadata import files, metadata
+        m = metadata("medkd")
+        print(json.dumps(dict(
+            where=medkd.__file__, version=medkd.__version__, python=m["Requires-Python"],
+            licence=m.get("License-Expression") or m["License"],
+            files=[str(f) for f in files("medkd")])))
+    """
     found = json.loads(run(python, "-I", "-c", script, cwd=tmp_path))
     assert Path(found["where"]).is_relative_to(tmp_path/"venv")
     config = ConfigParser(delimiters=["="])

@@ -18,9 +18,11 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("where, count, when", [
-    ("Trainer.step", 4, "after"),                             # in mid-epoch, nothing saved of step 4
+    ("Trainer.step", 4,
+     "after"),                             # in mid-epoch, nothing saved of step 4
     ("Trainer.save", 1, "after"),                             # at the end of the first epoch
-    ("medkd.trainers.trainer.append_jsonl", 1, "after"),      # the log is ahead of the first checkpoint
+    ("medkd.trainers.trainer.append_jsonl", 1,
+     "after"),      # the log is ahead of the first checkpoint
     ("medkd.trainers.trainer.append_jsonl", 2, "after"),      # and of a later one
     ("medkd.trainers.checkpoint.write_temporary", 3, "after"), # written, not yet in its place
     ("os.replace", 5, "before"), ("os.replace", 6, "before"), ("os.replace", 7, "before"),
@@ -28,7 +30,8 @@ def whole(tmp_path_factory):
     ("medkd.trainers.trainer.write_json", 2, "before"),       # trained, the report not yet written
 ])
 def test_sigkill(tmp_path, whole, where, count, when):
-    child = toy.in_child(toy.train_and_die, everything, tmp_path/"run", where, count, when, save_every=0)
+    child = toy.in_child(toy.train_and_die, everything, tmp_path/"run", where, count, when,
+                         save_every=0)
     assert toy.exit_code(child) == -signal.SIGKILL
     assert not (toy.only_run(tmp_path)/"report.json").exists()
     run = fit(everything, tmp_path/"run")
@@ -40,7 +43,8 @@ def test_sigkill(tmp_path, whole, where, count, when):
 def test_sigkill_with_workers(tmp_path, kind):
     recipe = replace(everything, data=partial(toy.squares, kind))
     expected = toy.outcome(fit(recipe, tmp_path/"whole"/"run").path)
-    child = toy.in_child(toy.train_and_die, recipe, tmp_path/"run", "Trainer.step", 4, workers=2, save_every=0)
+    child = toy.in_child(toy.train_and_die, recipe, tmp_path/"run", "Trainer.step", 4, workers=2,
+                         save_every=0)
     assert toy.exit_code(child) == -signal.SIGKILL
     folder, = tmp_path.glob("run-*")
     assert len((folder/"metrics.jsonl").read_text().splitlines()) == 4

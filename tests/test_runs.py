@@ -1,4 +1,4 @@
-"""Runs as values: the same recipe finds the same folder, another one another, old code is noticed."""
+"""Runs as values: equal recipes find the same folder, others another; old code is noticed."""
 import os
 import subprocess
 import sys
@@ -44,7 +44,8 @@ def test_complete_run_returns_at_once(tmp_path, monkeypatch):
 def test_hash_does_not_depend_on_place_or_process(tmp_path, monkeypatch):
     here = named(toy.distil)
     code = "import toy, test_runs; print(test_runs.named(toy.distil))"
-    there = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
+    there = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                           text=True, check=True,
                            env=os.environ | dict(PYTHONHASHSEED="5"))
     assert there.stdout.strip() == here
     monkeypatch.chdir(tmp_path)
@@ -57,8 +58,9 @@ def test_hash_does_not_depend_on_place_or_process(tmp_path, monkeypatch):
 
 
 changed = dict(
-    data=partial(toy.squares, n=6), student=partial(toy.Net, 5), terms=(Seg, partial(KD, tau=2.)), weights=dict(seg=2),
-    teacher=partial(toy.teacher, 3), student_input=toy.squares, teacher_input=toy.squares, validate=toy.squares,
+    data=partial(toy.squares, n=6), student=partial(toy.Net, 5), weights=dict(seg=2),
+    terms=(Seg, partial(KD, tau=2.)), teacher=partial(toy.teacher, 3),
+    student_input=toy.squares, teacher_input=toy.squares, validate=toy.squares,
     trainer=toy.Digests, adversary=toy.Judge, epochs=5, steps=7, validate_every=2, lr=.1,
     optimiser=torch.optim.SGD, schedule=cosine, batch_size=2, precision="bf16", clip=1., seed=1)
 
@@ -79,19 +81,22 @@ def test_arguments_and_local_functions_enter_the_hash():
     def scaled(k): return lambda e: k * e
     recipes += [replace(toy.alone, weights=dict(seg=scaled(k))) for k in (1, 2)]
     assert len({named(recipe) for recipe in recipes}) == len(recipes)
-    with pytest.raises(TypeError, match="cannot be part of a recipe"): describe(partial(toy.Net, torch.ones(2)))
+    with pytest.raises(TypeError, match="cannot be part of a recipe"):
+        describe(partial(toy.Net, torch.ones(2)))
 
 
 # stale sources
 @pytest.fixture
 def stale(tmp_path):
     run = fit(one, tmp_path/"run")
-    write_json(run.path/"params.json", run.params | dict(sources=run.params["sources"] | {"toy:Net": "another"}))
+    write_json(run.path/"params.json",
+               run.params | dict(sources=run.params["sources"] | {"toy:Net": "another"}))
     return run
 
 
 def test_stale_is_refused(stale):
-    with pytest.raises(Stale, match="toy:Net changed since.*stale='rerun'.*stale='keep'"): fit(one, stale.path.parent/"run")
+    with pytest.raises(Stale, match="toy:Net changed since.*stale='rerun'.*stale='keep'"):
+        fit(one, stale.path.parent/"run")
     (stale.path/"report.json").unlink()
     with pytest.raises(Stale): fit(one, stale.path.parent/"run")
 
@@ -112,12 +117,14 @@ def test_stale_is_made_again_and_nothing_lost(stale):
 
 
 def test_stale_option_is_checked(tmp_path):
-    with pytest.raises(ValueError, match="stale='yes'; expected refuse, rerun or keep"): fit(one, tmp_path/"run", stale="yes")
+    with pytest.raises(ValueError, match="stale='yes'; expected refuse, rerun or keep"):
+        fit(one, tmp_path/"run", stale="yes")
 
 
 # runs and networks as values
 def test_another_teacher_on_resume(tmp_path):
-    first, second = (replace(toy.distil, steps=2, epochs=None, teacher=partial(toy.teacher, seed)) for seed in (1, 2))
+    first, second = (replace(toy.distil, steps=2, epochs=None,
+                             teacher=partial(toy.teacher, seed)) for seed in (1, 2))
     assert fit(first, tmp_path/"run").path != fit(second, tmp_path/"run").path
     Trainer(first, toy.squares(), tmp_path).fit()
     with pytest.raises(ValueError, match="was trained with the teacher .* use the same weights"):
@@ -126,13 +133,15 @@ def test_another_teacher_on_resume(tmp_path):
 
 def test_run_as_start_teacher_and_argument(tmp_path):
     start = fit(replace(toy.alone, epochs=2), tmp_path/"start")
-    recipe = replace(one, student=start, teacher=start, lr=1e-9, terms=(Seg, KD, partial(toy.Assisted, assistant=start)),
+    recipe = replace(one, student=start, teacher=start, lr=1e-9,
+                     terms=(Seg, KD, partial(toy.Assisted, assistant=start)),
                      weights=dict(seg=1, kd=1, assisted=1))
     run = fit(recipe, tmp_path/"run")
     for name, tensor in start.network().state_dict().items():
         assert torch.allclose(tensor, run.network().state_dict()[name], atol=1e-6)
     assert run.metrics("train")[0]["losses"]["assisted"] == pytest.approx(0, abs=1e-12)
-    assert run.params["recipe"]["teacher"] == {"run": os.path.join("..", start.path.name), "sha256": start.sha256}
+    assert run.params["recipe"]["teacher"] == {"run": os.path.join("..", start.path.name),
+                                               "sha256": start.sha256}
     assert weights_sha256(start.network()) == start.sha256
     moved = tmp_path/"elsewhere"
     start.path.rename(moved)
@@ -153,7 +162,8 @@ def test_network_as_student_is_copied(tmp_path, prepare):
     before = weights_sha256(net)
     run = fit(replace(one, student=net, lr=.1), tmp_path/"run")
     assert weights_sha256(net) == before != run.sha256
-    with pytest.raises(TypeError, match="toy:Net was given as an object and is not stored"): Run(run.path, allow=("toy",)).network()
+    with pytest.raises(TypeError, match="toy:Net was given as an object and is not stored"):
+        Run(run.path, allow=("toy",)).network()
 
 
 def test_layers_frozen_by_the_maker_stay(tmp_path):
@@ -175,8 +185,10 @@ def test_weights_given_by_file_count_by_content(tmp_path):
         (tmp_path/folder).mkdir()
         save_weights(tmp_path/folder/"w.safetensors", toy.teacher())
     save_weights(tmp_path/"c.safetensors", toy.teacher(3))
-    def loaded(path): return replace(one, student=partial(load_network, partial(toy.Net, 8), str(tmp_path/path)))
-    first, second, third = (named(loaded(path)) for path in ("a/w.safetensors", "b/w.safetensors", "c.safetensors"))
+    def loaded(path):
+        return replace(one, student=partial(load_network, partial(toy.Net, 8), str(tmp_path/path)))
+    first, second, third = (named(loaded(path)) for path in ("a/w.safetensors", "b/w.safetensors",
+                                                             "c.safetensors"))
     assert first == second != third
     run = fit(loaded("a/w.safetensors"), tmp_path/"run")
     assert Run(run.path, allow=("toy", "medkd")).sha256 == run.sha256
@@ -184,7 +196,8 @@ def test_weights_given_by_file_count_by_content(tmp_path):
 
 def test_provenance(tmp_path):
     env = fit(one, tmp_path/"run").env
-    assert set(env) >= {"versions", "git", "device", "data", "argv", "threads", "processes", "started"}
+    assert set(env) >= {"versions", "git", "device", "data", "argv", "threads", "processes",
+                        "started"}
     assert env["versions"]["torch"] == torch.__version__
     assert env["data"] == dict(name="squares", sha256=toy.squares().sha256, phantom=False)
     assert str(tmp_path) not in str(env)

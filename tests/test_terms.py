@@ -13,8 +13,11 @@ def terms():
     "Term classes by dotted name, each where it is defined."
     modules = [importlib.import_module(found.name)
                for found in pkgutil.walk_packages(medkd.losses.__path__, "medkd.losses.")]
-    return {f"{module.__name__}.{name}": cls for module in modules for name, cls in vars(module).items()
-            if isinstance(cls, type) and issubclass(cls, Term) and cls is not Term and cls.__module__ == module.__name__}
+    found = {f"{module.__name__}.{name}": value for module in modules
+             for name, value in vars(module).items()
+             if getattr(value, "__module__", "") == module.__name__}
+    return {name: value for name, value in found.items()
+            if isinstance(value, type) and issubclass(value, Term)}
 
 
 @pytest.mark.parametrize("name", sorted(terms()))

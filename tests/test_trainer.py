@@ -40,9 +40,11 @@ class Poisoned(Term):
 
 
 @pytest.mark.parametrize("gradient, message", [
-    (False, "loss poisoned is not finite in step 2, cases case0-"), (True, "gradient of poisoned is not finite in step 2")])
+    (False, "loss poisoned is not finite in step 2, cases case0-"),
+    (True, "gradient of poisoned is not finite in step 2")])
 def test_not_finite_stops_in_that_step(tmp_path, gradient, message):
-    recipe = replace(toy.alone, terms=(Seg, partial(Poisoned, gradient)), weights=dict(seg=1, poisoned=.1))
+    recipe = replace(toy.alone, terms=(Seg, partial(Poisoned, gradient)),
+                     weights=dict(seg=1, poisoned=.1))
     with pytest.raises(NotFinite, match=message): fit(recipe, tmp_path/"run")
     folder = toy.only_run(tmp_path)
     state = read_checkpoint(folder/"last.pt")
@@ -56,31 +58,38 @@ def test_one_bad_image_is_named_alone(tmp_path, norm):
     places = Trainer(replace(short, data=toy.squares()), toy.squares(), tmp_path).places_from(0, 2)
     for step, batch in enumerate(places):
         bad = batch[1][1]
-        recipe = replace(short, data=partial(toy.squares, bad=(bad,)), student=partial(toy.Net, norm=norm))
+        recipe = replace(short, data=partial(toy.squares, bad=(bad,)),
+                         student=partial(toy.Net, norm=norm))
         with pytest.raises(NotFinite) as caught: fit(recipe, tmp_path/"run")
         assert str(caught.value).count("case0-") == 1 and f"cases case0-{bad}" in str(caught.value)
-        assert ("before the first step" if step == 0 else "loss seg is not finite in step 1") in str(caught.value)
+        when = "before the first step" if step == 0 else "loss seg is not finite in step 1"
+        assert when in str(caught.value)
 
 
 
 def test_discriminator_that_is_not_finite(tmp_path):
-    recipe = replace(toy.distil, adversary=NanJudge, weights=toy.distil.weights | dict(adversarial=.1))
-    with pytest.raises(NotFinite, match="loss judge is not finite in step 0"): fit(recipe, tmp_path/"run")
+    recipe = replace(toy.distil, adversary=NanJudge,
+                     weights=toy.distil.weights | dict(adversarial=.1))
+    with pytest.raises(NotFinite, match="loss judge is not finite in step 0"):
+        fit(recipe, tmp_path/"run")
 
 
 class NanJudge(toy.Judge):
-    def forward(self, student, teacher, batch): return dict(judge=self.net(student["out"]).mean() * math.nan)
+    def forward(self, student, teacher, batch):
+        return dict(judge=self.net(student["out"]).mean() * math.nan)
 
 
 # the wiring check
 class Severed(Term):
     names, needs = ("severed",), (("encoder",), ())
-    def forward(self, student, teacher, batch, active): return dict(severed=student["encoder"].detach().mean())
+    def forward(self, student, teacher, batch, active):
+        return dict(severed=student["encoder"].detach().mean())
 
 
 class Forgetful(Term):
     names = ("kept", "forgotten")
-    def forward(self, student, teacher, batch, active): return dict(kept=student["out"].square().mean())
+    def forward(self, student, teacher, batch, active):
+        return dict(kept=student["out"].square().mean())
 
 
 class Constant(toy.Net):
@@ -92,10 +101,13 @@ class Asks(Term):
 
 
 @pytest.mark.parametrize("change, error, message", [
-    (dict(terms=(Seg, Severed), weights=dict(seg=1, severed=1)), ValueError, "'severed' gives no gradient"),
-    (dict(terms=(Seg, Forgetful), weights=dict(seg=1, kept=1, forgotten=1)), ValueError, "no term returned forgotten"),
+    (dict(terms=(Seg, Severed), weights=dict(seg=1, severed=1)), ValueError,
+     "'severed' gives no gradient"),
+    (dict(terms=(Seg, Forgetful), weights=dict(seg=1, kept=1, forgotten=1)), ValueError,
+     "no term returned forgotten"),
     (dict(student=Constant), ValueError, "'out' of the student is constant"),
-    (dict(terms=(Seg, Asks), weights=dict(seg=1, asks=1)), KeyError, "'decodr'; did you mean decoder"),
+    (dict(terms=(Seg, Asks), weights=dict(seg=1, asks=1)), KeyError,
+     "'decodr'; did you mean decoder"),
     (dict(terms=(Seg, KD)), KeyError, "no weight for kd"),
     (dict(weights=dict(seg=1, kd=1)), KeyError, "no term gives kd"),
     (dict(terms=(Seg, Seg)), KeyError, "two terms give seg"),
@@ -106,13 +118,16 @@ class Asks(Term):
 ])
 def test_refused_before_training(tmp_path, change, error, message):
     with pytest.raises(error, match=message): fit(replace(short, **change), tmp_path/"run")
-    assert not list(tmp_path.glob("*/metrics.jsonl")) or not toy.only_run(tmp_path).joinpath("last.pt").exists()
+    assert not list(tmp_path.glob("*/last.pt"))
 
 
 @pytest.mark.parametrize("change, error, message", [
-    (dict(epochs=3, steps=3), ValueError, "contradict"), (dict(lr=0), ValueError, "lr=0; expected a positive"),
-    (dict(batch_size=-1), ValueError, "batch_size=-1"), (dict(terms=Seg), TypeError, "a tuple of Term classes"),
-    (dict(terms=(Seg(),)), TypeError, "give the class"), (dict(precision="half"), ValueError, "expected auto, fp32"),
+    (dict(epochs=3, steps=3), ValueError, "contradict"),
+    (dict(lr=0), ValueError, "lr=0; expected a positive"),
+    (dict(batch_size=-1), ValueError, "batch_size=-1"),
+    (dict(terms=Seg), TypeError, "a tuple of Term classes"),
+    (dict(terms=(Seg(),)), TypeError, "give the class"),
+    (dict(precision="half"), ValueError, "expected auto, fp32"),
     (dict(student="unet"), TypeError, "'unet' is no network")])
 def test_recipes_that_cannot_be_meant(change, error, message):
     with pytest.raises(error, match=message): replace(toy.alone, **change)
@@ -123,10 +138,12 @@ def test_wiring_check_leaves_no_trace(tmp_path):
     trainer = Trainer(replace(toy.everything, data=splits), splits, tmp_path)
     batch = trainer.first_batch()
     work = trainer.work(batch, frozenset(trainer.recipe.weights))
-    before = [toy.flat(dict(net.state_dict())) for net in (trainer.module, trainer.adversary)], toy.flat(rng_state())
+    def state():
+        nets = trainer.module, trainer.adversary
+        return [toy.flat(dict(net.state_dict())) for net in nets], toy.flat(rng_state())
+    before = state()
     report = check_wiring(trainer.module, trainer.teacher, work)
-    after = [toy.flat(dict(net.state_dict())) for net in (trainer.module, trainer.adversary)], toy.flat(rng_state())
-    assert before == after and set(report) == {*trainer.recipe.weights, "unreached"}
+    assert before == state() and set(report) == {*trainer.recipe.weights, "unreached"}
     assert all(p.grad is None for p in trainer.module.parameters())
 
 
@@ -134,7 +151,8 @@ def test_starting_weights_do_not_depend_on_the_teacher(tmp_path):
     nets = []
     for teacher in (None, toy.teacher, drawn_teacher):
         recipe = replace(toy.alone, teacher=teacher)
-        nets.append(toy.flat(dict(Trainer(recipe, toy.squares(), tmp_path).module.student.net.state_dict())))
+        student = Trainer(recipe, toy.squares(), tmp_path).module.student.net
+        nets.append(toy.flat(dict(student.state_dict())))
     assert nets[0] == nets[1] == nets[2]
 
 
@@ -153,7 +171,8 @@ def test_tensorboard(tmp_path):
     events = EventAccumulator(str(next(run.path.rglob("events.*")).parent)).Reload()
     assert set(events.Tags()["scalars"]) == {"seg", "dice"}
     assert [e.step for e in events.Scalars("seg")] == [1, 2, 3]
-    assert [e.value for e in events.Scalars("seg")] == pytest.approx([r["losses"]["seg"] for r in run.metrics("train")])
+    logged = [row["losses"]["seg"] for row in run.metrics("train")]
+    assert [e.value for e in events.Scalars("seg")] == pytest.approx(logged)
 
 
 def test_unknown_tracker(tmp_path):
@@ -189,19 +208,22 @@ class Counted(KD):
 
 def test_weights_are_functions_of_progress(tmp_path):
     Counted.calls.clear()
-    recipe = replace(toy.distil, terms=(Seg, Counted, AT), epochs=3, weights=dict(seg=1, kd=warm_up, at=floor_schedule))
+    recipe = replace(toy.distil, terms=(Seg, Counted, AT), epochs=3,
+                     weights=dict(seg=1, kd=warm_up, at=floor_schedule))
     rows = fit(recipe, tmp_path/"run").metrics("train")
     assert [row["epoch"] for row in rows] == [0, .5, 1, 1.5, 2, 2.5]
     assert [row["weights"]["at"] for row in rows] == [.5, .5, 1, 1, 1.5, 1.5]
     assert [row["weights"]["kd"] for row in rows] == [0, .25, .5, .75, 1, 1]
     assert "kd" not in rows[0]["losses"] and "kd" in rows[1]["losses"]
-    assert len(Counted.calls) == 1 + 5 # the wiring check, and the steps in which its weight is not 0
+    assert len(Counted.calls) == 1 + 5 # the wiring check, and the steps where its weight is not 0
 
 
 def test_optimiser_and_schedule(tmp_path):
-    recipe = replace(short, optimiser=partial(torch.optim.SGD, momentum=.9), schedule=cosine, lr=.2, steps=4)
+    recipe = replace(short, optimiser=partial(torch.optim.SGD, momentum=.9), schedule=cosine, lr=.2,
+                     steps=4)
     run = fit(recipe, tmp_path/"run")
-    assert [row["lr"] for row in run.metrics("train")] == pytest.approx([.2 * cosine(i / 2, 2) for i in range(4)])
+    rates = [.2 * cosine(step / 2, 2) for step in range(4)]
+    assert [row["lr"] for row in run.metrics("train")] == pytest.approx(rates)
     assert "momentum_buffer" in read_checkpoint(run.path/"last.pt")["optimiser"]["state"][0]
     assert run.report["steps"] == 4 and run.report["epochs"] == 2
     constant = fit(replace(recipe, schedule=partial(toy_poly, power=2.)), tmp_path/"run")
@@ -220,13 +242,15 @@ def test_no_validation_set_keeps_the_last_weights(tmp_path):
     run = fit(replace(short, data=partial(toy.squares, val=0)), tmp_path/"run")
     assert run.report["selected_by"] == "last step" and run.report["best"] is None
     last = read_checkpoint(run.path/"last.pt")["objective"]
-    assert all(torch.equal(t, last[f"student.net.{name}"]) for name, t in run.network().state_dict().items())
+    for name, tensor in run.network().state_dict().items():
+        assert torch.equal(tensor, last[f"student.net.{name}"])
 
 
 def scripted(net, loader, scores): return dict(score=scores.pop(0) if scores else math.nan)
 
 
-@pytest.mark.parametrize("scores, best", [((.5, math.nan, .4), (.5, 2)), ((math.nan, .3, math.nan), (.3, 4)),
+@pytest.mark.parametrize("scores, best",
+                         [((.5, math.nan, .4), (.5, 2)), ((math.nan, .3, math.nan), (.3, 4)),
                                           ((math.nan,) * 3, (None, 6)), ((.3, .3, .6), (.6, 6))])
 def test_nan_never_replaces_a_score(tmp_path, scores, best):
     recipe = replace(toy.alone, epochs=3, validate=partial(scripted, scores=list(scores)))
@@ -239,9 +263,9 @@ def test_nan_never_replaces_a_score(tmp_path, scores, best):
 def averaged(batch, teacher):
     "The image averaged over each class of the label: what an oracle sees."
     image, label = batch["image"][:, 0], batch["label"]
-    means = [(image * (label == k)).sum((1, 2), keepdim=True) / (label == k).sum((1, 2), keepdim=True).clamp(min=1)
-             for k in (0, 1)]
-    return torch.where(label == 1, means[1], means[0])[:, None]
+    inside = label == 1
+    def mean(mask): return (image * mask).sum((1, 2), True) / mask.sum((1, 2), True).clamp(min=1)
+    return torch.where(inside, mean(inside), mean(~inside))[:, None]
 
 
 def oracle_sees(batch): return averaged(batch, None)
@@ -251,7 +275,8 @@ def test_oracle(tmp_path):
     oracle = fit(replace(toy.alone, student_input=averaged, epochs=12), tmp_path/"oracle")
     alone = fit(replace(toy.alone, epochs=12), tmp_path/"alone")
     assert oracle.report["best"] > alone.report["best"]
-    student = fit(replace(toy.distil, teacher=oracle, teacher_input=oracle_sees), tmp_path/"student")
+    student = fit(replace(toy.distil, teacher=oracle, teacher_input=oracle_sees),
+                  tmp_path/"student")
     assert set(student.metrics("train")[0]["losses"]) == {"seg", "kd", "at"}
 
 
@@ -265,7 +290,8 @@ class Coder(nn.Module):
 
 class Rebuild(Term):
     names, needs = ("rebuild",), ((), ("encoder",))
-    def forward(self, student, teacher, batch, active): return dict(rebuild=F.mse_loss(student["out"], teacher["encoder"]))
+    def forward(self, student, teacher, batch, active):
+        return dict(rebuild=F.mse_loss(student["out"], teacher["encoder"]))
 
 
 def encoder_of(batch, teacher): return teacher["encoder"]
@@ -277,7 +303,8 @@ def rebuilt(net, loader):
 
 
 def test_stage_on_a_feature_of_the_teacher(tmp_path):
-    recipe = replace(toy.alone, student=Coder, teacher=toy.teacher, student_input=encoder_of, validate=rebuilt,
+    recipe = replace(toy.alone, student=Coder, teacher=toy.teacher, student_input=encoder_of,
+                     validate=rebuilt,
                      terms=(Rebuild,), weights=dict(rebuild=1), epochs=6)
     run = fit(recipe, tmp_path/"run")
     scores = [row["scores"]["negative_error"] for row in run.metrics("val")]
@@ -292,7 +319,8 @@ class Probe(Term):
     def forward(self, student, teacher, batch, active):
         half = Half.dtypes[-1]
         decoded = student.decode(dict(bottleneck=student["encoder"]))
-        self.seen.append((student["encoder"].dtype, student["out"].dtype, teacher["encoder"].dtype, decoded.dtype,
+        self.seen.append((student["encoder"].dtype, student["out"].dtype, teacher["encoder"].dtype,
+                          decoded.dtype,
                           (student["encoder"].flatten(1) @ student["encoder"].flatten(1).T).dtype,
                           torch.is_autocast_enabled("cpu"), half, Half.dtypes[-1]))
         return dict(probe=decoded.square().mean())
@@ -309,7 +337,8 @@ class Half(toy.Net):
 @pytest.mark.parametrize("precision, inside", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_terms_are_float32(tmp_path, precision, inside):
     Probe.seen.clear()
-    recipe = replace(short, student=partial(Half, norm=True), teacher=toy.teacher, terms=(Seg, Probe),
+    recipe = replace(short, student=partial(Half, norm=True), teacher=toy.teacher,
+                     terms=(Seg, Probe),
                      weights=dict(seg=1, probe=.1), precision=precision)
     run = fit(recipe, tmp_path/"run")
     assert set(Probe.seen) == {(*[torch.float32] * 5, False, inside, inside)}
@@ -318,9 +347,10 @@ def test_terms_are_float32(tmp_path, precision, inside):
 
 
 def test_fp16_needs_a_gpu(tmp_path):
-    if torch.cuda.is_available(): assert fit(replace(short, precision="fp16"), tmp_path/"run").complete
+    if torch.cuda.is_available():
+        assert fit(replace(short, precision="fp16"), tmp_path/"run").complete
     else:
-        with pytest.raises(ValueError, match="precision 'fp16' needs a GPU, there is none here; use 'bf16' or 'fp32'"):
+        with pytest.raises(ValueError, match="'fp16' needs a GPU, there is none here; use 'bf16'"):
             fit(replace(short, precision="fp16"), tmp_path/"run")
 
 
@@ -334,7 +364,8 @@ def test_scaler_is_part_of_the_checkpoint(tmp_path):
     splits = toy.squares()
     trainers = [Trainer(replace(short, data=splits), splits, tmp_path) for _ in range(2)]
     for trainer, scale in zip(trainers, (1024., 8.)):
-        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=7)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale,
+                                                          growth_interval=7)
         trainer.before = trainer.started = 0
     state = trainers[0].state()
     assert state["scaler"]["scale"] == 1024.

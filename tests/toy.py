@@ -114,7 +114,8 @@ class Projected(Term):
 
     def forward(self, student, teacher, batch, active):
         mine = self.projector(student[self.needs[0][0]])
-        return dict(projected=F.mse_loss(resize(mine, teacher["encoder"].shape[2:]), teacher["encoder"]))
+        return dict(projected=F.mse_loss(resize(mine, teacher["encoder"].shape[2:]),
+                                         teacher["encoder"]))
 
 
 class Queued(Term):
@@ -190,9 +191,10 @@ everything = replace(
 
 # runs
 def outcome(folder):
-    "What two runs are compared by: weights, everything in the checkpoint but the time, and the log."
+    "What two runs are compared by: weights, the checkpoint without its time, the log."
     state = read_checkpoint(Path(folder)/"last.pt")
-    return dict(best=(Path(folder)/"best.safetensors").read_bytes(), state=flat(state | dict(seconds=0)),
+    return dict(best=(Path(folder)/"best.safetensors").read_bytes(),
+                state=flat(state | dict(seconds=0)),
                 log=(Path(folder)/"metrics.jsonl").read_bytes())
 
 
@@ -220,7 +222,8 @@ def in_child(target, *args, **kwargs):
 
 def _lead(target, args, kwargs):
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True) # of DataLoader workers, as everywhere on Linux
+    multiprocessing.set_start_method("fork",
+                                     force=True) # of DataLoader workers, as everywhere on Linux
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     target(*args, **kwargs)
@@ -269,7 +272,8 @@ class Digests(Trainer):
         state = self.module.state_dict()
         queue = [k for k in state if k.endswith("queue")]
         write_json(self.folder/f"rank{self.rank}.json", dict(
-            objective=weights_sha256(self.module), adversary=self.adversary and weights_sha256(self.adversary),
+            objective=weights_sha256(self.module),
+            adversary=self.adversary and weights_sha256(self.adversary),
             keys=state[queue[0]].tolist() if queue else None))
         return super().finish()
 
@@ -308,7 +312,8 @@ def interrupting_in_step(step):
     "SIGINT arrives while step number `step` (from 1) is computed."
     work = Trainer.work
     def interrupted(self, batch, active):
-        if self.step_number == step - 1 and hasattr(self, "rows"): signal.raise_signal(signal.SIGINT)
+        if self.step_number == step - 1 and hasattr(self, "rows"):
+            signal.raise_signal(signal.SIGINT)
         return work(self, batch, active)
     with patched(Trainer, "work", interrupted): yield
 
