@@ -400,3 +400,14 @@ def test_three_classes_and_bf16(tmp_path):
     run = fit(replace(base, data=with_views(data), student=student, teacher=teacher, terms=(Seg, partial(GKD, tan, san)),
                       weights=dict(seg=1, intra=1, inter=1, cross=1)), tmp_path/"gkd")
     assert all(math.isfinite(v) for row in run.metrics("train") for v in row["losses"].values())
+
+
+def test_cross_predictions_leave_the_running_statistics_to_the_own_passes():
+    student, _, term, _, shown, batch = parts()
+    def statistics(with_cross):
+        torch.manual_seed(0)
+        net = student_net()
+        taps = Tapped(net, GKD.needs[0])(batch["image"])
+        if with_cross: term(taps, shown, batch, {"cross"})["cross"].backward()
+        return [b.clone() for b in net.buffers()]
+    assert all(torch.equal(a, b) for a, b in zip(statistics(False), statistics(True)))
