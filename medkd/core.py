@@ -32,7 +32,7 @@ def unknown(kind:str, # what was looked up, e.g. "tap"
     listing = f"there are: {', '.join(options)}" if len(options) <= 30 else ""
     return KeyError("; ".join(filter(None, [f"unknown {kind} {name!r}", hint, listing])))
 
-# %% ../nbs/00_core.ipynb #273fba13
+# %% ../nbs/00_core.ipynb #22aefb20
 class Taps(dict):
     """Activations of one forward pass: name -> (B,C,*S); `out` -> logits (B,K,*S);
     `<name>:in` -> what entered that module. `features` is what `encode` of an encoder-decoder
@@ -69,17 +69,19 @@ def first_tensor(value) -> Tensor|None:
     if not isinstance(value, (tuple, list)): return None
     return next((t for t in map(first_tensor, value) if t is not None), None)
 
-# %% ../nbs/00_core.ipynb #e3af4b72
+# %% ../nbs/00_core.ipynb #89913884
 def resolve(net:nn.Module, # network; `net.taps`, if it has one, maps roles to module names
             name:str,      # role or dotted module name, with ":in" for the module's input
             ) -> tuple[nn.Module, bool]:
     "The module behind a tap, and whether its input is meant. Unknown: KeyError with near names."
-    roles, modules = getattr(net, "taps", {}), dict(net.named_modules())
-    target = roles.get(name, name)
-    dotted, _, side = target.partition(":")
+    roles = getattr(net, "taps", {})
+    dotted, _, side = roles.get(name, name).partition(":")
     dotted = roles.get(dotted, dotted)
-    if dotted in modules and dotted and side in ("", "in"): return modules[dotted], side == "in"
-    raise unknown(f"tap of {type(net).__name__}", name, [*roles, *filter(None, modules)])
+    try:
+        if dotted and side in ("", "in"): return net.get_submodule(dotted), side == "in"
+    except AttributeError: pass
+    names = [module for module, _ in net.named_modules() if module]
+    raise unknown(f"tap of {type(net).__name__}", name, [*roles, *names])
 
 # %% ../nbs/00_core.ipynb #f131e4c7
 class Tapped(nn.Module):
@@ -112,7 +114,7 @@ class Tapped(nn.Module):
         decoder = None if features is None else self._decode
         return Taps(taps | {"out": widen(first_tensor(out))}, features, decoder)
 
-# %% ../nbs/00_core.ipynb #473854ee
+# %% ../nbs/00_core.ipynb #a3b40804
 @patch
 def _run(self:Tapped, x):
     if not (hasattr(self.net, "encode") and hasattr(self.net, "decode")): return None, self.net(x)
