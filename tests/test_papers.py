@@ -169,9 +169,14 @@ def test_scores_follow_from_the_stored_predictions(results, shared, tmp_path):  
     assert len(before) == 1 + len(ROLES) * len(SETS)
 
 
+def seconds(done):
+    "What training, predicting and scoring took."
+    return sum(cell.metadata.papermill.duration for cell in done.cells if "train(" in cell.source or "predict_all(" in cell.source)
+
+
 def test_the_same_command_again_reuses_every_run(first, results, shared):  # noqa: F811
     again = papermill(shared/"gkd", *given(preset="smoke"), MEDKD_CACHE=str(shared/"cache"))
-    assert again.code == 0 and again.seconds < first.seconds / 2
+    assert again.code == 0 and seconds(again) < seconds(first) / 2
     assert any("step 4/4" in text_of(cell) for cell in first.cells)
     assert not any("step 4/4" in text_of(cell) for cell in again.cells)
     folder = again.folder/"runs/gkd/phantom-chasedb1"
@@ -191,7 +196,7 @@ def refused(done, *expected):
     broken, = (cell for cell in done.cells if any(output.output_type == "error" for output in cell.outputs))
     after = done.cells[done.cells.index(broken) + 1:]
     assert after and not any(cell.outputs for cell in after)
-    assert done.text.count("Traceback") == done.text.count("Traceback (most recent call last)") <= 2
+    assert "During handling of the above exception" not in done.text
     assert not list(done.folder.rglob("params.json"))
 
 

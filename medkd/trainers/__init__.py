@@ -2,16 +2,16 @@
 
 # %% auto #0
 __all__ = ['Adversary', 'NotFinite', 'Objective', 'Recipe', 'Run', 'Stale', 'Trainer', 'constant', 'cosine', 'fit',
-           'load_network', 'poly']
+           'load_network', 'piecewise', 'poly']
 
-# %% ../../nbs/trainers/08_face.ipynb #a2bfbaa1
+# %% ../../nbs/trainers/08_face.ipynb #79b46fb7
 from .fit import Stale, fit
 from .objective import NotFinite, Objective
-from .recipe import Adversary, Recipe, constant, cosine, poly
+from .recipe import Adversary, Recipe, constant, cosine, piecewise, poly
 from .run import Run, load_network
 from .trainer import Trainer
 
-# %% ../../nbs/trainers/08_face.ipynb #d602cb49
+# %% ../../nbs/trainers/08_face.ipynb #8885a4b7
 _all_ = ["Adversary", "NotFinite", "Objective", "Recipe", "Run", "Stale", "Trainer", "constant",
          "cosine", "fit",
-         "load_network", "poly"]
+         "load_network", "piecewise", "poly"]
