@@ -25,7 +25,7 @@ def flipped(rng:np.random.Generator,
     axis = -1 - int(rng.integers(2))
     return np.flip(image, axis), {name: np.flip(mask, axis) for name, mask in masks.items()}
 
-# %% ../../nbs/data/07_views.ipynb #f291b099
+# %% ../../nbs/data/07_views.ipynb #153af5d1
 def rotated(rng:np.random.Generator, image:np.ndarray, masks:dict[str, np.ndarray],
             degrees:float=20.) -> tuple[np.ndarray, dict]:
     "Turned by an angle from +-`degrees`: bilinear, masks nearest, zeros from outside."
@@ -34,9 +34,9 @@ def rotated(rng:np.random.Generator, image:np.ndarray, masks:dict[str, np.ndarra
     matrix = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     middle = (np.asarray(image.shape[-2:]) - 1) / 2
     turn = partial(affine_transform, matrix=matrix, offset=middle - matrix @ middle)
-    nearest = {name: turn(mask.astype(np.uint8) if mask.dtype == bool else mask, order=0).astype(mask.dtype)
-               for name, mask in masks.items()}
-    return np.stack([turn(channel, order=1) for channel in image]), nearest
+    whole = lambda mask: mask.astype(np.uint8) if mask.dtype == bool else mask
+    turned = {k: turn(whole(mask), order=0).astype(mask.dtype) for k, mask in masks.items()}
+    return np.stack([turn(channel, order=1) for channel in image]), turned
 
 # %% ../../nbs/data/07_views.ipynb #fb29f02e
 def relit(rng:np.random.Generator, image:np.ndarray, masks:dict[str, np.ndarray]
@@ -59,11 +59,11 @@ def noisy(rng:np.random.Generator, image:np.ndarray, masks:dict[str, np.ndarray]
 # %% ../../nbs/data/07_views.ipynb #cff7d7f4
 STRATEGIES = (flipped, rotated, relit, noisy) # view 1, 2, 3, 4; view 0 is the anchor
 
-# %% ../../nbs/data/07_views.ipynb #51f675c9
+# %% ../../nbs/data/07_views.ipynb #cc8311ce
 class Views:
-    """A training set whose sample is an anchor, the sample of `data`, and `count` changes of it: image
-    (1+M,C,H,W), label (1+M,H,W), view (1+M,); `collate` flattens them. Images must lie in [0,1]."""
-    def __init__(self, data:Sequence[dict],  # 2-D samples; with `sample(index, rng)` where it has it
+    """A training set whose sample is an anchor, the sample of `data`, and `count` changes of it:
+    image (1+M,C,H,W), label (1+M,H,W), view (1+M,); `collate` flattens them. Images in [0,1]."""
+    def __init__(self, data:Sequence[dict],  # 2-D samples, by `sample(index, rng)` if it has that
                  count:int=len(STRATEGIES),  # M: the first so many strategies
                  supervised:bool=False):     # every view counts as an anchor: `view` is 0
         if not 1 <= count <= len(STRATEGIES):
@@ -83,17 +83,17 @@ class Views:
         item = self.data.sample(index, rng) if hasattr(self.data, "sample") else self.data[index]
         return views_of(item, STRATEGIES[:self.count], rng, self.supervised)
 
-# %% ../../nbs/data/07_views.ipynb #a48066ca
+# %% ../../nbs/data/07_views.ipynb #8560a08c
 def views_of(item:dict,                      # one 2-D sample
              strategies:Sequence[Callable],  # (rng, image, masks) -> image, masks
              rng:np.random.Generator,
              supervised:bool=False) -> dict: # every view counts as an anchor
-    "`item` with a view axis in front of image, label and a fov of its size; view 0 is `item` itself."
+    "`item` with a view axis in front of image, label and fov; view 0 is `item` itself."
     image = item["image"].numpy()
     masks = {name: item[name].numpy() for name in ("label", "fov") if name in item}
     if image.ndim != 3 or image.min() < 0 or image.max() > 1:
-        raise ValueError(f"{item['case']}: image {image.shape} in [{image.min():.3g}, {image.max():.3g}]; "
-                         "views are made of 2-D images in [0, 1], scale it first")
+        raise ValueError(f"{item['case']}: image {image.shape} in [{image.min():.3g}, "
+                         f"{image.max():.3g}]; views are of 2-D images in [0, 1], scale it first")
     made = [(image, masks), *(strategy(rng, image, masks) for strategy in strategies)]
     stack = lambda arrays: torch.from_numpy(np.stack(arrays))
     several = dict(image=stack([im for im, _ in made]).float(),
@@ -101,12 +101,12 @@ def views_of(item:dict,                      # one 2-D sample
     view = torch.arange(len(made))
     return item | several | dict(view=view * 0 if supervised else view)
 
-# %% ../../nbs/data/07_views.ipynb #11669cde
+# %% ../../nbs/data/07_views.ipynb #56ac76b1
 def with_views(splits:Splits|Callable[[], Splits], # or what makes them
                count:int=len(STRATEGIES),          # augmented views
                supervised:bool=False,              # every view counts as an anchor
                ) -> Splits:
-    "The splits with `Views` of the training part; their hash tells views, number and strategies apart."
+    "The splits with `Views` of the training part, and a hash that says so."
     if not isinstance(splits, Splits): splits = splits()
     about = f"{splits.sha256} views 1 {count} {supervised}"
     origin = splits.origin and partial(with_views, splits.origin, count, supervised)
@@ -122,26 +122,26 @@ def view_batches(data,          # with `sample(index, rng)`, as `Views`
         yield collate([data.sample(i % len(data), np.random.default_rng([seed, i]))
                        for i in range(start, min(start + at_once, images))])
 
-# %% ../../nbs/data/07_views.ipynb #d6f5bfc2
+# %% ../../nbs/data/07_views.ipynb #d358c5ad
 def tiles(batches:Iterable[dict],    # of whole images
           size:Sequence[int]|None,   # of a tile; None: the images as they are
           at_once:int=16) -> Iterator[dict]:
-    """Batches of tiles that lie side by side about the middle of each image; borders narrower than a tile
-    are left out. ValueError for an image smaller than a tile."""
+    """Batches of tiles that lie side by side about the middle of each image; borders narrower than
+    a tile are left out. ValueError for an image smaller than a tile."""
     for batch in batches:
         places = [()] if size is None else corners(batch, size)
         for start in range(0, len(places), at_once):
             parts = [cut(batch, corner, size) for corner in places[start:start + at_once]]
-            yield {name: torch.cat(values) if torch.is_tensor(values[0]) else sum(values, [])
-                   for name, values in ((name, [part[name] for part in parts]) for name in parts[0])}
+            cases = [case for part in parts for case in part.pop("case")]
+            yield dict({k: torch.cat([part[k] for part in parts]) for k in parts[0]}, case=cases)
 
-# %% ../../nbs/data/07_views.ipynb #8556dc48
+# %% ../../nbs/data/07_views.ipynb #4ba68ecd
 def corners(batch:dict, size:Sequence[int]) -> list[tuple[int, ...]]:
     "First positions of the tiles of a batch's images."
     extent = tuple(batch["image"].shape[2:])
     if any(n < s for n, s in zip(extent, size)):
-        raise ValueError(f"{batch['case'][0]} is {extent}, smaller than a tile of {tuple(size)}; use larger "
-                         "images or a smaller training size")
+        raise ValueError(f"{batch['case'][0]} is {extent}, smaller than a tile of {tuple(size)}; "
+                         "use larger images or a smaller training size")
     return list(product(*(range(n % s // 2, n - s + 1, s) for n, s in zip(extent, size))))
 
 def cut(batch:dict, corner:Sequence[int], size:Sequence[int]|None) -> dict:

@@ -5,66 +5,71 @@ __all__ = ['edges', 'edge_distance', 'intra_graph', 'inter_graph', 'cross', 'gra
            'gaussian', 'embed', 'silhouette', 'ACT', 'MSAN', 'PSAE', 'Alignment', 'LatentNet', 'Reconstruction',
            'alignment_scores', 'annotation', 'bottleneck', 'mask_dice']
 
-# %% ../../nbs/losses/10_gkd.ipynb #a74d323c
+# %% ../../nbs/losses/10_gkd.ipynb #74dcaa96
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from fastcore.basics import patch
+from torch import Tensor
 
 from ..core import Taps, Term, resize, toy_taps, widen
-from .gkd_align import (ACT, MSAN, PSAE, Alignment, Frozen, LatentNet, Reconstruction,
-                                    alignment_scores, annotation, bottleneck, decode_with, mask_dice)
+from .gkd_align import (ACT, MSAN, PSAE, Alignment, Frozen, LatentNet,
+                                    Reconstruction, alignment_scores, annotation, bottleneck,
+                                    decode_with, mask_dice)
 from .logits import kd_kl
 
-# %% ../../nbs/losses/10_gkd.ipynb #75cdff17
-_all_ = ["ACT", "MSAN", "PSAE", "Alignment", "LatentNet", "Reconstruction", "alignment_scores", "annotation",
-         "bottleneck", "mask_dice"]
+# %% ../../nbs/losses/10_gkd.ipynb #8d1062a6
+_all_ = ["ACT", "MSAN", "PSAE", "Alignment", "LatentNet", "Reconstruction", "alignment_scores",
+         "annotation", "bottleneck", "mask_dice"]
 
-# %% ../../nbs/losses/10_gkd.ipynb #cdda91f9
+# %% ../../nbs/losses/10_gkd.ipynb #9e9ce252
 def edges(a:Tensor, # (B,N,D) nodes
           b:Tensor, # (B,P,D) nodes
           kind:str="cos", # "cos" | "dot" | "l2"
           ) -> Tensor:    # (B,N,P)
-    "Similarity of each pair of nodes: cosine (eps 1e-8), inner product, or Euclidean distance, negated."
+    "Similarity of each pair: cosine (eps 1e-8), inner product, or Euclidean distance, negated."
     if kind == "l2": return -torch.linalg.vector_norm(a[:, :, None] - b[:, None], dim=-1)
     if kind not in ("cos", "dot"): raise ValueError(f"edge {kind!r}; expected 'cos', 'dot' or 'l2'")
     if kind == "cos": a, b = F.normalize(a, dim=-1, eps=1e-8), F.normalize(b, dim=-1, eps=1e-8)
     return a @ b.transpose(1, 2)
 
-# %% ../../nbs/losses/10_gkd.ipynb #48a77203
+# %% ../../nbs/losses/10_gkd.ipynb #1b7d20fa
 def edge_distance(student:Tensor, # (R,N) edges, a row for each node
                   teacher:Tensor, # (R,N)
                   distance:str="mse" # "mse" | "kl"
                   ) -> Tensor:
     "Mean over all edges of the squared difference, or over rows of KL(teacher || student)."
-    if distance not in ("mse", "kl"): raise ValueError(f"distance {distance!r}; expected 'mse' or 'kl'")
+    if distance not in ("mse", "kl"):
+        raise ValueError(f"distance {distance!r}; expected 'mse' or 'kl'")
     if student.numel() == 0: return student.sum()
     return F.mse_loss(student, teacher) if distance == "mse" else kd_kl(student / .1, teacher / .1)
 
-# %% ../../nbs/losses/10_gkd.ipynb #3695330b
+# %% ../../nbs/losses/10_gkd.ipynb #a68e37f6
 def intra_graph(student:Tensor, # (B,1+M,D) vectors, the anchor's first
                 teacher:Tensor, # (B,1+M,D'), D' may differ
                 edge:str="cos", distance:str="mse") -> Tensor:
     "Mean over images and views of the squared difference of the edges between anchor and view."
-    graphs = [edges(z[:, :1], z[:, 1:], edge)[:, 0] for z in (widen(student), widen(teacher.detach()))]
-    return edge_distance(*graphs, distance)
+    stars = [edges(z[:, :1], z[:, 1:], edge)[:, 0] for z in map(widen, (student, teacher.detach()))]
+    return edge_distance(*stars, distance)
 
-# %% ../../nbs/losses/10_gkd.ipynb #3bb166a4
+# %% ../../nbs/losses/10_gkd.ipynb #99e83e2a
 def inter_graph(student:Tensor, # (B,1+M,D) vectors, the anchor's first
                 teacher:Tensor, # (B,1+M,D'), D' may differ
                 edge:str="cos", distance:str="mse",
-                scope:str="image", # the graph is of the views of one "image", or of all in the "batch"
+                scope:str="image", # a graph of the views of an "image", or of all in the "batch"
                 ) -> Tensor:
     "Mean over images and pairs of views of the squared difference of the edges; 0 for one view."
-    if scope not in ("image", "batch"): raise ValueError(f"scope {scope!r}; expected 'image' or 'batch'")
+    if scope not in ("image", "batch"):
+        raise ValueError(f"scope {scope!r}; expected 'image' or 'batch'")
     graphs = []
-    for z in (widen(student), widen(teacher.detach())):
+    for z in map(widen, (student, teacher.detach())):
         nodes = z[:, 1:] if scope == "image" else z[:, 1:].flatten(0, 1)[None]
-        others = ~torch.eye(nodes.shape[1], dtype=torch.bool, device=z.device)
-        graphs.append(edges(nodes, nodes, edge)[:, others].reshape(-1, max(1, nodes.shape[1] - 1)))
+        count = nodes.shape[1]
+        others = ~torch.eye(count, dtype=torch.bool, device=z.device)
+        graphs.append(edges(nodes, nodes, edge)[:, others].reshape(-1, max(1, count - 1)))
     return edge_distance(*graphs, distance)
 
 # %% ../../nbs/losses/10_gkd.ipynb #0784d003
@@ -74,26 +79,28 @@ def cross(student_logits:Tensor, # (B,K,*S) of one cross prediction
     "KL(teacher || cross prediction), summed over classes, mean over batch and positions."
     return kd_kl(student_logits, teacher_logits)
 
-# %% ../../nbs/losses/10_gkd.ipynb #926a3565
+# %% ../../nbs/losses/10_gkd.ipynb #2a1d35a8
 def graph_order(batch:Mapping # with `view` and `source`, (B,)
                 ) -> Tensor:  # (images,1+M) places in the batch, the anchor's first
-    "Where the views of each image stand. ValueError without views, without anchors, or for ragged views."
+    "Where the views of each image stand. ValueError without views or anchors, or for ragged views."
     if "view" not in batch or "source" not in batch:
-        raise ValueError("GKD needs views of every image; give data=with_views(splits) (medkd.data.views)")
+        raise ValueError("GKD needs views of every image; give data=with_views(splits) "
+                         "(medkd.data.views)")
     view, source = batch["view"].cpu(), batch["source"].cpu()
-    images = len(source.unique())
-    if (view == 0).sum() != images or len(view) == images:
-        raise ValueError(f"GKD needs one anchor (view 0) and at least one augmented view of each image, but the "
-                         f"batch has {images} images with views {view.tolist()}")
+    counts = source.unique(return_counts=True)[1]
+    anchors = source[view == 0].unique()
+    if len(anchors) != len(counts) or (view == 0).sum() != len(counts) or (counts < 2).any():
+        raise ValueError("GKD needs one anchor (view 0) and at least one augmented view of each "
+                         f"image, but {len(counts)} images have the views {view.tolist()}")
+    if (counts != counts[0]).any():
+        raise ValueError(f"images of one batch have different numbers of views: {counts.tolist()}")
     order = torch.from_numpy(np.lexsort((view, source)))
-    if len(view) % images or (source[order].view(images, -1) != source[order].view(images, -1)[:, :1]).any():
-        raise ValueError(f"images of one batch have different numbers of views: {source.bincount().tolist()}")
-    return order.view(images, -1).to(batch["view"].device)
+    return order.view(len(counts), -1).to(batch["view"].device)
 
-# %% ../../nbs/losses/10_gkd.ipynb #569a20c8
+# %% ../../nbs/losses/10_gkd.ipynb #a706ef48
 class GKD(Term):
-    """`intra` and `inter`, the two graphs, and `cross`, the sum of both cross predictions on the anchors.
-    Student and teacher derive from EncoderDecoder; the batch has views (`medkd.data.views.with_views`)."""
+    """`intra` and `inter`, the two graphs, and `cross`, the sum of both cross predictions on the
+    anchors. Both networks derive from EncoderDecoder, the batch has views (`with_views`)."""
     names, needs = ("intra", "inter", "cross"), (("bottleneck", "out"), ("bottleneck", "out"))
     at_equal, size_free = None, False
 
@@ -107,25 +114,21 @@ class GKD(Term):
 
     def build(self, student_shapes:Mapping, teacher_shapes:Mapping) -> None:
         "ValueError when an MSAN was built for another network, or another training size."
-        for whose, msan, shapes in (("student", self.san.net, student_shapes), ("teacher", self.tan.net, teacher_shapes)):
-            msan.check(f"the {whose}'s bottleneck of", (msan.channels, *msan.size), shapes["bottleneck"])
+        sides = ("student", self.san.net, student_shapes), ("teacher", self.tan.net, teacher_shapes)
+        for whose, msan, shapes in sides:
+            built = msan.channels, *msan.size
+            msan.check(f"the {whose}'s bottleneck of", built, shapes["bottleneck"])
 
-    def forward(self, student:Taps, teacher:Taps, batch:Mapping, active:frozenset[str]) -> dict[str, Tensor]:
+    def forward(self, student:Taps, teacher:Taps, batch:Mapping, active:frozenset[str]
+                ) -> dict[str, Tensor]:
         order, losses = graph_order(batch), {}
         z_s = self.san.net.encode(student["bottleneck"])
         with torch.no_grad(): z_t = self.tan.net.encode(teacher["bottleneck"])
         if "intra" in active: losses["intra"] = self.intra(z_s[order], z_t[order])
         if "inter" in active: losses["inter"] = self.inter(z_s[order], z_t[order])
-        if "cross" in active: losses["cross"] = sum(self.exchanged(student, teacher, z_s, z_t, order[:, 0]))
+        if "cross" in active:
+            losses["cross"] = sum(self.exchanged(student, teacher, z_s, z_t, order[:, 0]))
         return losses
-
-    def exchanged(self, student:Taps, teacher:Taps, z_s:Tensor, z_t:Tensor, # (B,dim) vectors
-                  anchors:Tensor) -> tuple[Tensor, Tensor]:
-        "KL of the student's vector decoded by the teacher, and of the teacher's decoded by the student."
-        own = teacher["out"][anchors]
-        y_st = decode_with(teacher, self.tan.net.header(z_s[anchors]), anchors)
-        y_ts = decode_with(student, self.san.net.header(z_t[anchors]), anchors)
-        return cross(y_st, own), cross(y_ts, own)
 
     @staticmethod
     def example(ndim:int, classes:int) -> tuple:
@@ -133,7 +136,18 @@ class GKD(Term):
         decoder = lambda features: resize(features["bottleneck"][:, :classes], [16] * ndim)
         taps = [Taps(t, dict(bottleneck=t["bottleneck"]), decoder) for t in (student, teacher)]
         san, tan = (MSAN(t["bottleneck"].shape[1], [4] * ndim, dim=6) for t in taps)
-        return GKD(tan, san), *taps, batch | dict(view=torch.arange(6) % 3, source=torch.arange(6) // 3)
+        views = dict(view=torch.arange(6) % 3, source=torch.arange(6) // 3)
+        return GKD(tan, san), *taps, batch | views
+
+# %% ../../nbs/losses/10_gkd.ipynb #05e09285
+@patch
+def exchanged(self:GKD, student:Taps, teacher:Taps, z_s:Tensor, z_t:Tensor, # (B,dim) vectors
+              anchors:Tensor) -> tuple[Tensor, Tensor]:
+    "KL of the student's vector decoded by the teacher, and of the teacher's by the student."
+    own = teacher["out"][anchors]
+    y_st = decode_with(teacher, self.tan.net.header(z_s[anchors]), anchors)
+    y_ts = decode_with(student, self.san.net.header(z_t[anchors]), anchors)
+    return cross(y_st, own), cross(y_ts, own)
 
 # %% ../../nbs/losses/10_gkd.ipynb #80a1f6e3
 def ramp(progress:float,     # epochs done
@@ -147,14 +161,15 @@ def warmup(weight:float,
     "A weight that rises linearly to `weight` over the first `share` of `epochs`."
     return partial(ramp, weight=float(weight), epochs=share * epochs)
 
-# %% ../../nbs/losses/10_gkd.ipynb #2a37d034
+# %% ../../nbs/losses/10_gkd.ipynb #62ac6ff7
 def fsd(a:Tensor, # (n,D) vectors
         b:Tensor, # (m,D)
         ) -> Tensor:
-    """Frechet distance of the Gaussians of two sets of vectors, a float64 scalar; lower is closer. A set of
-    n <= D vectors gets 1e-6 on the diagonal of its covariance: say n beside the value."""
+    """Frechet distance of the Gaussians of two sets of vectors, a float64 scalar; lower is closer. A
+    set of n <= D vectors gets 1e-6 on the diagonal of its covariance: say n beside the value."""
     (mean_a, cov_a), (mean_b, cov_b) = gaussian(a), gaussian(b)
-    if len(mean_a) != len(mean_b): raise ValueError(f"vectors of {len(mean_a)} and {len(mean_b)} cannot be compared")
+    if len(mean_a) != len(mean_b):
+        raise ValueError(f"vectors of {len(mean_a)} and {len(mean_b)} cannot be compared")
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     joint = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
@@ -164,33 +179,37 @@ def gaussian(rows:Tensor # (n,D)
              ) -> tuple[Tensor, Tensor]: # (D,), (D,D) float64
     "Mean and unbiased covariance."
     rows = torch.as_tensor(rows).double()
-    if rows.ndim != 2 or len(rows) < 2: raise ValueError(f"FSD takes at least 2 vectors (n,D), but was given {tuple(rows.shape)}")
+    if rows.ndim != 2 or len(rows) < 2:
+        raise ValueError(f"FSD takes at least 2 vectors (n,D), but was given {tuple(rows.shape)}")
     cov = torch.atleast_2d(torch.cov(rows.T))
-    return rows.mean(0), cov + 1e-6 * torch.eye(len(cov), dtype=cov.dtype, device=cov.device) if len(rows) <= len(cov) else cov
+    if len(rows) <= len(cov): cov = cov + 1e-6 * torch.eye(len(cov)).to(cov)
+    return rows.mean(0), cov
 
-# %% ../../nbs/losses/10_gkd.ipynb #c63e7c48
+# %% ../../nbs/losses/10_gkd.ipynb #2662c5d1
 def embed(net,  # Run, or a trained EncoderDecoder
           msan, # Run, or a trained MSAN: that network's
           batches:Iterable[Mapping] # such as `view_batches` and `tiles` of medkd.data.views give
-          ) -> tuple[Tensor, Tensor]: # (n,dim) vectors, (n,) views (0 where a batch has none), on the CPU
-    "Semantic vectors of images as the frozen `net` and `msan` see them."
+          ) -> tuple[Tensor, Tensor]: # (n,dim) vectors, (n,) views, 0 where a batch has none
+    "Semantic vectors of images, on the CPU."
     net, msan = Frozen(net).net, Frozen(msan).net
     device, vectors, views = next(net.parameters()).device, [], []
-    msan.to(device)
     for batch in batches:
-        with torch.no_grad(): vectors.append(msan.encode(net.encode(batch["image"].to(device))["bottleneck"]).cpu())
-        views.append(batch.get("view", torch.zeros(len(vectors[-1]), dtype=torch.long)))
+        with torch.no_grad():
+            feature = net.encode(batch["image"].to(device))["bottleneck"]
+            vectors.append(msan.to(device).encode(feature).cpu())
+        views.append(batch.get("view", torch.zeros(len(feature), dtype=torch.long)))
     return torch.cat(vectors), torch.cat(views)
 
-# %% ../../nbs/losses/10_gkd.ipynb #d386b514
+# %% ../../nbs/losses/10_gkd.ipynb #4bc04a37
 def silhouette(vectors:Tensor, # (n,D)
                views:Tensor,   # (n,)
                permutations:int=200, seed:int=0) -> tuple[float, float, float, int]:
-    """(value, low, high, n): mean silhouette coefficient of vectors grouped by view, -1 to 1, and the central
-    95 % of its values when the views are permuted."""
+    """(value, low, high, n): mean silhouette coefficient of vectors grouped by view, -1 to 1, and
+    the central 95 % of its values when the views are permuted."""
     from sklearn.metrics import pairwise_distances, silhouette_score
     distances, labels = pairwise_distances(vectors.numpy()), np.asarray(views)
-    if len(np.unique(labels)) < 2: raise ValueError(f"a silhouette needs at least two views, but there is only {labels[:1]}")
+    if len(np.unique(labels)) < 2:
+        raise ValueError(f"a silhouette needs two views or more, but there is only {labels[:1]}")
     score = partial(silhouette_score, distances, metric="precomputed")
     rng = np.random.default_rng(seed)
     null = [score(rng.permutation(labels)) for _ in range(permutations)]

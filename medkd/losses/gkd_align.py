@@ -46,21 +46,21 @@ class ChannelScale(nn.Module):
         "What was standardised."
         return x * self.deviation + self.mean
 
-# %% ../../nbs/losses/10_gkd_align.ipynb #e8eae995
+# %% ../../nbs/losses/10_gkd_align.ipynb #a64956c2
 class MSAN(nn.Module):
     """Alignment network of one model: `encode` gives the semantic vector (B,dim) of a bottleneck
     (B,channels,*size), `header` a bottleneck of a vector, `forward` both. The tap `encoder` is the
-    vector. A bottleneck or vector of another size: ValueError (spec of Mlp in the released code)."""
+    vector. A bottleneck or vector of another size: ValueError. Layers as released (class Mlp)."""
     def __init__(self, channels:int,    # of the bottleneck
                  size:Sequence[int],    # spatial size of the bottleneck; 2-D or 3-D
-                 dim:int=512,           # length of the vector; 1x1 projections where it is not `channels`
+                 dim:int=512,           # of the vector; 1x1 projections where it is not `channels`
                  standardise:bool=False): # channels, before the encoder; undone after the header
         super().__init__()
         self.channels, self.size, self.dim, n = channels, tuple(size), dim, math.prod(size)
         project = lambda a, b: nn.Identity() if a == b else nn.Conv1d(a, b, 1)
         self.scale = ChannelScale(channels) if standardise else None
-        self.encoder = nn.Sequential(project(channels, dim), nn.Linear(n, 64), nn.GELU(), nn.Linear(64, 1),
-                                     nn.Flatten(1))
+        self.encoder = nn.Sequential(project(channels, dim), nn.Linear(n, 64), nn.GELU(),
+                                     nn.Linear(64, 1), nn.Flatten(1))
         self.decoder = nn.Sequential(nn.Unflatten(1, (dim, 1)), nn.Linear(1, 64), nn.GELU(),
                                      nn.Linear(64, n), project(dim, channels))
 
@@ -81,12 +81,12 @@ class MSAN(nn.Module):
     def check(self, what:str, built:tuple[int, ...], shape:Sequence[int]) -> None:
         "ValueError when (B,*built) is not `shape`."
         if tuple(shape[1:]) != built:
-            raise ValueError(f"this MSAN was built for {what} {built}, but was given {tuple(shape[1:])}; it fits "
-                             "one network at one training size, make one for this")
+            raise ValueError(f"this MSAN was built for {what} {built}, but was given "
+                             f"{tuple(shape[1:])}; it fits one network at one training size")
 
-# %% ../../nbs/losses/10_gkd_align.ipynb #5985b673
+# %% ../../nbs/losses/10_gkd_align.ipynb #9bdd0c48
 class LatentNet(EncoderDecoder):
-    """Auto-encoder of masks: (B,channels,H,W) -> logits of the same shape, H and W multiples of 8; the
+    """Auto-encoder of masks: (B,channels,H,W) -> logits of that shape, H and W multiples of 8; the
     bottleneck has 512 channels at width 1 (released as LatentNet). Training needs two samples."""
     levels, multiple, skips = 3, 8, False
     taps = level_taps(3, 3, encoder="enc3", decoder="dec3")
@@ -98,7 +98,8 @@ class LatentNet(EncoderDecoder):
         self.enc1 = sk_level(channels, a)
         for name, n, m in (("enc2", a, b), ("enc3", b, c), ("bottleneck", c, d)):
             setattr(self, name, nn.Sequential(nn.MaxPool2d(2), sk_level(n, m)))
-        self.dec3, self.dec2, self.dec1 = (nn.ConvTranspose2d(n, m, 2, stride=2) for n, m in ((d, c), (c, b), (b, a)))
+        for name, n, m in (("dec3", d, c), ("dec2", c, b), ("dec1", b, a)):
+            setattr(self, name, nn.ConvTranspose2d(n, m, 2, stride=2))
         self.head = nn.Sequential(nn.Dropout2d(.5), nn.Conv2d(a, channels, 1))
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.xavier_uniform_(m.weight)
@@ -113,14 +114,15 @@ def bottleneck(batch:Mapping, teacher:Taps) -> Tensor:
     "(B,C,*s) of the teacher: what an MSAN reads when that network is the run's teacher."
     return teacher["bottleneck"]
 
-# %% ../../nbs/losses/10_gkd_align.ipynb #c33bf8b5
+# %% ../../nbs/losses/10_gkd_align.ipynb #afb36725
 class Frozen(nn.Module):
-    """A trained network, `net`, that a term reads: it follows the term to a device, and is part neither of
-    its parameters nor of its checkpoint; it stays in eval mode."""
+    """A trained network, `net`, that a term reads: it follows the term to a device, and is part
+    neither of its parameters nor of its checkpoint; it stays in eval mode."""
     def __init__(self, net # Run, or a trained network, which is copied
                  ):
         super().__init__()
-        with isolated_rng(): net = net.network() if hasattr(net, "network") else copy.deepcopy(net)
+        with isolated_rng():
+            net = net.network() if hasattr(net, "network") else copy.deepcopy(net)
         self._net = (freeze(net),)
 
     @property
@@ -130,11 +132,11 @@ class Frozen(nn.Module):
         self.net._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)
 
-# %% ../../nbs/losses/10_gkd_align.ipynb #62423056
+# %% ../../nbs/losses/10_gkd_align.ipynb #c7b5141c
 class PSAE(nn.Module):
     """Pre-trained semantic auto-encoder: a frozen auto-encoder of annotations and the MSAN of its
-    bottleneck. `vector(mask)` is the target (B,dim); `forward(mask)` the re-made logits of `mask`'s shape."""
-    def __init__(self, latent,       # Run of a LatentNet, or a trained one; any EncoderDecoder will do
+    bottleneck. `vector(mask)` is the target (B,dim), `forward(mask)` re-made logits."""
+    def __init__(self, latent,       # Run of a LatentNet, or a trained one; or any EncoderDecoder
                  size:Sequence[int], # training size
                  dim:int=512, standardise:bool=False): # of its MSAN
         super().__init__()
@@ -151,12 +153,13 @@ class PSAE(nn.Module):
         features = self.latent.encode(mask)
         return self.latent.decode(features | dict(bottleneck=self.msan(features["bottleneck"])))
 
-# %% ../../nbs/losses/10_gkd_align.ipynb #1d127c50
+# %% ../../nbs/losses/10_gkd_align.ipynb #5df3f8cb
 class Reconstruction(Term):
-    "`reconstruction`: binary cross entropy of the student's output and the annotation, mean over all elements."
+    "`reconstruction`: binary cross entropy of output and annotation, mean over all elements."
     names, needs, at_equal = ("reconstruction",), (("out",), ()), None
 
-    def forward(self, student:Taps, teacher:Taps, batch:Mapping, active:frozenset[str]) -> dict[str, Tensor]:
+    def forward(self, student:Taps, teacher:Taps, batch:Mapping, active:frozenset[str]
+                ) -> dict[str, Tensor]:
         logits = student["out"]
         mask = annotation(batch, num_classes=logits.shape[1] + 1)
         return dict(reconstruction=F.binary_cross_entropy_with_logits(logits, mask))
@@ -166,32 +169,35 @@ class Reconstruction(Term):
         student, teacher, batch = toy_taps(ndim, classes)
         return Reconstruction(), Taps(dict(out=student["out"][:, 1:].detach())), teacher, batch
 
-# %% ../../nbs/losses/10_gkd_align.ipynb #dd89e26e
+# %% ../../nbs/losses/10_gkd_align.ipynb #4d5eb91c
 class Alignment(Term):
     "`psae_rec`, mean squared error of a P-SAE's latent, and `psae_out`, as `Reconstruction`."
-    names, needs, at_equal, size_free = ("psae_rec", "psae_out"), (("msan:in", "msan", "out"), ()), None, True
+    names, needs, at_equal = ("psae_rec", "psae_out"), (("msan:in", "msan", "out"), ()), None
 
-    def forward(self, student:Taps, teacher:Taps, batch:Mapping, active:frozenset[str]) -> dict[str, Tensor]:
+    def forward(self, student:Taps, teacher:Taps, batch:Mapping, active:frozenset[str]
+                ) -> dict[str, Tensor]:
         out = Reconstruction()(student, teacher, batch, active)["reconstruction"]
         return dict(psae_rec=F.mse_loss(student["msan"], student["msan:in"].detach()), psae_out=out)
 
     @staticmethod
     def example(ndim:int, classes:int) -> tuple:
         student, teacher, batch = toy_taps(ndim, classes, taps={"msan:in": 4, "msan": 4})
-        return Alignment(), Taps(student | dict(out=student["out"][:, 1:].detach())), teacher, batch
+        out = student["out"][:, 1:].detach()
+        return Alignment(), Taps(student | dict(out=out)), teacher, batch
 
-# %% ../../nbs/losses/10_gkd_align.ipynb #56f227e7
+# %% ../../nbs/losses/10_gkd_align.ipynb #a179e94e
 def decode_with(taps:Taps, bottleneck:Tensor, # (N,C,*s), graph kept
                 keep:Tensor|slice=slice(None), # which N samples of `taps`
                 ) -> Tensor:
-    "Logits (N,K,*S) of the network that made `taps`, with its own other features and this bottleneck."
+    "Logits (N,K,*S) of the network that made `taps`, from this bottleneck and its other features."
     own = {name: feature[keep] for name, feature in (taps.features or {}).items()}
     return taps.decode(own | dict(bottleneck=bottleneck))
 
-# %% ../../nbs/losses/10_gkd_align.ipynb #4f96ad36
+# %% ../../nbs/losses/10_gkd_align.ipynb #ca71b8cf
 class ACT(Term):
-    """Alignment consistency training of an MSAN, whose model is the run's teacher: `act_rec` mean squared
-    error of the bottleneck, `act_reg` of the vector and P-SAE's, `act_seg` cross entropy of what is decoded."""
+    """Alignment consistency training of an MSAN, whose model is the run's teacher: mean squared
+    error of the bottleneck, `act_rec`, and of the vector and P-SAE's, `act_reg`; `act_seg`, cross
+    entropy of what is decoded."""
     names, needs = ("act_rec", "act_reg", "act_seg"), (("encoder", "out"), ("bottleneck", "out"))
     at_equal, size_free = None, False
 
@@ -203,15 +209,20 @@ class ACT(Term):
     def build(self, student_shapes:Mapping, teacher_shapes:Mapping) -> None:
         mine, theirs = student_shapes["encoder"][1], self.psae.net.dim
         if mine != theirs:
-            raise ValueError(f"the MSAN gives vectors of {mine}, the P-SAE of {theirs}; build both with one dim")
+            raise ValueError(f"the MSAN gives vectors of {mine}, the P-SAE of {theirs}; build both "
+                             "with one dim")
 
-    def forward(self, student:Taps, teacher:Taps, batch:Mapping, active:frozenset[str]) -> dict[str, Tensor]:
-        again, losses = student["out"], {}
-        if "act_rec" in active: losses["act_rec"] = F.mse_loss(again, teacher["bottleneck"].detach())
+    def forward(self, student:Taps, teacher:Taps, batch:Mapping, active:frozenset[str]
+                ) -> dict[str, Tensor]:
+        again, label, losses = student["out"], batch["label"], {}
+        if "act_rec" in active:
+            losses["act_rec"] = F.mse_loss(again, teacher["bottleneck"].detach())
         if "act_reg" in active:
-            with torch.no_grad(): target = self.psae.net.vector(annotation(batch, None, teacher["out"].shape[1]))
+            mask = annotation(batch, num_classes=teacher["out"].shape[1])
+            with torch.no_grad(): target = self.psae.net.vector(mask)
             losses["act_reg"] = F.mse_loss(student["encoder"], target)
-        if "act_seg" in active: losses["act_seg"] = F.cross_entropy(decode_with(teacher, again), batch["label"])
+        if "act_seg" in active:
+            losses["act_seg"] = F.cross_entropy(decode_with(teacher, again), label)
         return losses
 
     @staticmethod
@@ -223,17 +234,18 @@ class ACT(Term):
         decoder = lambda features: resize(features["bottleneck"][:, :classes], [16] * ndim)
         return ACT(psae), student, Taps(teacher, dict(bottleneck=feature), decoder), batch
 
-# %% ../../nbs/losses/10_gkd_align.ipynb #5d38d1c8
+# %% ../../nbs/losses/10_gkd_align.ipynb #54ac81b2
 def mask_dice(net:nn.Module, loader:Iterable[Mapping]) -> dict[str, float]:
-    "Dice of re-made annotations, pooled over all tiles, mean over classes: `validate` of LatentNet and PSAE."
+    """Dice of re-made annotations, pooled over all tiles, mean over classes: `validate` of
+    LatentNet and PSAE."""
     pairs = [(net(mask) > 0, mask > .5) for mask in map(net.input, tiles(loader, net.tile))]
     pred, label = (torch.cat(part).transpose(0, 1).flatten(1, 2).long() for part in zip(*pairs))
     return dict(dice=dice(pred, label, 2).nanmean().item())
 
-# %% ../../nbs/losses/10_gkd_align.ipynb #8f17ff91
+# %% ../../nbs/losses/10_gkd_align.ipynb #aa5a49a4
 def alignment_scores(net:nn.Module, loader:Iterable[Mapping]) -> dict[str, float]:
-    """`dice` of what decodes from re-made bottlenecks, `own` of the network's own prediction, both pooled
-    over all tiles, and `kept`, the share of the bottleneck's variance: `validate` of an MSAN."""
+    """`dice` of what decodes from re-made bottlenecks, `own` of the network's own prediction, both
+    pooled over all tiles; `kept`, the share of the bottleneck's variance: `validate` of an MSAN."""
     maps, lost, varied = [], 0., 0.
     rows = lambda feature: feature.transpose(0, 1).flatten(1) # one for each channel
     for tile in tiles(loader, net.tile):
