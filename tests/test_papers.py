@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -311,3 +313,55 @@ def test_bad_teacher_weights(here, make, expected):
     cells = Cells(preset="smoke", teacher_weights="t.safetensors")
     with pytest.raises((OSError, ValueError), match=expected): cells.run_to('trained["teacher"] = train(', skip=["display("])
     assert not list(here.rglob("params.json")) and not list(here.rglob("*.adopting"))
+
+
+def test_trained_teacher_is_taken(here):
+    from medkd.__main__ import summary
+    weights_of("fanet", here/"t.safetensors", width=.125)
+    found = []
+    for given_as in ("t.safetensors", "t.safetensors", None):
+        given_as = given_as or str(found[0].path)
+        cells = Cells(preset="smoke", teacher_weights=given_as, methods="kd", steps=1)
+        found.append(cells.run_to('trained["teacher"] = train(', skip=["display("])["trained"]["teacher"])
+    assert len({run.path for run in found}) == 1
+    assert found[0].sha256 == weights_sha256(read_weights(here/"t.safetensors"))
+    about = summary(found[0].path)
+    assert (about["state"], about["steps"], found[0].report["adopted"]) == ("complete", 0, True)
+    kd = cells.run_to("in wanted.items():", skip=["figure("])["trained"]["kd"]
+    assert kd.params["decided"]["teacher"]["sha256"] == found[0].sha256
+
+
+# real data -----------------------------------------------------------------------------------------
+
+class Some:
+    "A few items of a data set."
+    def __init__(self, data, places):
+        self.data, self.places = data, places
+        self.cases, self.patients = ([names[i] for i in places] for names in (data.cases, data.patients))
+
+    def __len__(self): return len(self.places)
+
+    def __getitem__(self, i): return self.data[self.places[i]]
+
+
+def fewer(splits):
+    "One image to validate, two of different patients to test."
+    val = Some(splits.val, [0]) if len(splits.val) else splits.val
+    return replace(splits, val=val, test=Some(splits.test, [0, 2]), sha256=splits.sha256 + " fewer")
+
+
+def test_whole_notebook_on_real_data(here):
+    absent = [name for name in ("CHASEDB1", "STARE", "DRIVE") if not Path(os.environ.get("MEDKD_DATA", "nowhere"), name).is_dir()]
+    if absent: pytest.skip(f"MEDKD_DATA holds no {', '.join(absent)}")
+    cells = Cells(dataset="chasedb1", preset="smoke", steps=2, teacher_steps=2, methods="at")
+    namespace = cells.run_to("source = load(")
+    assert list(namespace["tests"]) == ["chasedb1", "stare", "drive"] and namespace["note"] == "smoke preset"
+    namespace["tests"] = {name: fewer(splits) for name, splits in namespace["tests"].items()}
+    namespace["source"] = namespace["tests"]["chasedb1"]
+    cells.run_to("write_results(")
+    folder, rows = here/"runs/gkd/chasedb1", namespace["rows"]
+    drawn = {path.stem for path in (folder/"figures").glob("*.png")}
+    assert drawn >= {"scores", "cost", "share_at", *(f"{kind}_{name}" for kind in ("first", "overlays") for name in namespace["tests"])}
+    assert {(row["method"], row["dataset"]) for row in rows} == {
+        (method, name) for method in ("teacher", "student", "at") for name in ("chasedb1", "stare", "drive")}
+    assert all(0 <= row["value"] <= 1 for row in rows) and "phantom" not in (folder/"results.md").read_text()
