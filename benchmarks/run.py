@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common import ROOT, markdown
 
-NAMES = ("terms", "metrics", "loader", "trainer")
+NAMES = ("terms", "metrics", "loader", "trainer", "gkd")
 
 
 def page(report):

@@ -411,3 +411,16 @@ def test_cross_predictions_leave_the_running_statistics_to_the_own_passes():
         if with_cross: term(taps, shown, batch, {"cross"})["cross"].backward()
         return [b.clone() for b in net.buffers()]
     assert all(torch.equal(a, b) for a, b in zip(statistics(False), statistics(True)))
+
+
+def test_the_benchmark_measures_the_step(monkeypatch):
+    import importlib
+    import sys
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]/"benchmarks"))
+    for name in ("common", "gkd"): monkeypatch.delitem(sys.modules, name, raising=False)
+    bench = importlib.import_module("gkd")
+    made = bench.setting(2, 64, .125, .25)
+    calls = dict(floor=bench.floor(*made), step=bench.distilled(*made))
+    for call in calls.values(): call()
+    for name in ("common", "gkd"): sys.modules.pop(name)
+    assert sorted({x.shape[0] for x in made[2].values() if torch.is_tensor(x)}) == [10]
