@@ -32,7 +32,7 @@ def unknown(kind:str, # what was looked up, e.g. "tap"
     listing = f"there are: {', '.join(options)}" if len(options) <= 30 else ""
     return KeyError("; ".join(filter(None, [f"unknown {kind} {name!r}", hint, listing])))
 
-# %% ../nbs/00_core.ipynb #22aefb20
+# %% ../nbs/00_core.ipynb #3dbf2c2a
 class Taps(dict):
     """Activations of one forward pass: name -> (B,C,*S); `out` -> logits (B,K,*S);
     `<name>:in` -> what entered that module. `features` is what `encode` of an encoder-decoder
@@ -43,7 +43,8 @@ class Taps(dict):
         self.features, self._decoder = features, decoder
 
     def __missing__(self, name):
-        raise unknown("tap", name, self)
+        if self: raise unknown("tap", name, self)
+        raise KeyError(f"tap {name!r} is asked of a teacher, and there is none: give the recipe one")
 
     def decode(self,
                features:Mapping[str, Tensor], # entries that replace those of `self.features`
@@ -69,7 +70,7 @@ def first_tensor(value) -> Tensor|None:
     if not isinstance(value, (tuple, list)): return None
     return next((t for t in map(first_tensor, value) if t is not None), None)
 
-# %% ../nbs/00_core.ipynb #89913884
+# %% ../nbs/00_core.ipynb #90dea3fb
 def resolve(net:nn.Module, # network; `net.taps`, if it has one, maps roles to module names
             name:str,      # role or dotted module name, with ":in" for the module's input
             ) -> tuple[nn.Module, bool]:
@@ -81,7 +82,8 @@ def resolve(net:nn.Module, # network; `net.taps`, if it has one, maps roles to m
         if dotted and side in ("", "in"): return net.get_submodule(dotted), side == "in"
     except AttributeError: pass
     names = [module for module, _ in net.named_modules() if module]
-    raise unknown(f"tap of {type(net).__name__}", name, [*roles, *names])
+    kind = "tap" if roles else "module, for a tap (no roles are known here; name a module)"
+    raise unknown(f"{kind} of {type(net).__name__}", name, [*roles, *names])
 
 # %% ../nbs/00_core.ipynb #f131e4c7
 class Tapped(nn.Module):

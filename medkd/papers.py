@@ -101,7 +101,7 @@ def predict_all(runs:Mapping[str, Run], # method -> run
         for name, splits in tests.items():
             store_predictions(net, splits.test, prediction_folder(run, name), weights, splits.sha256, splits.patch)
 
-# %% ../nbs/10_papers.ipynb #73f6fcf6
+# %% ../nbs/10_papers.ipynb #c7aaaa55
 def stored_scores(runs:Mapping[str, Run], tests:Mapping, metrics:Sequence[str]=VESSEL) -> list[dict]:
     """Long rows (method, dataset, case, metric, value) computed from the stored predictions alone; also written to
     scores.csv beside them. Every table and figure of a paper notebook is made of these rows."""
@@ -111,7 +111,8 @@ def stored_scores(runs:Mapping[str, Run], tests:Mapping, metrics:Sequence[str]=V
             folder, test = prediction_folder(run, name), splits.test
             scores = score_predictions(folder, test, splits.classes, metrics)
             scores.write_csv(folder/"scores.csv")
-            rows += long_rows(scores, method, name, dict(zip(test.cases, test.patients)))
+            patients = dict(zip(test.cases, test.patients)) if hasattr(test, "patients") else None
+            rows += long_rows(scores, method, name, patients)
     return rows
 
 # %% ../nbs/10_papers.ipynb #5a32ea6f

@@ -16,6 +16,7 @@ from medkd.inference import score_predictions, store_predictions
 from medkd.losses.at import AT
 from medkd.losses.logits import KD
 from medkd.losses.task import Seg
+from medkd.papers import predict_all, stored_scores
 from medkd.trainers import Recipe, Run, fit
 
 
@@ -142,3 +143,20 @@ def test_run_is_opened_again_elsewhere(tmp_path):
     run = fit(replace(one_step, data=splits()), tmp_path/"run")
     with pytest.raises(PermissionError, match=r"test_own_data:Net.*allow="): Run(run.path).network()
     assert isinstance(Run(run.path, allow=("test_own_data",)).network(), Net)
+
+
+def test_scores_from_own_data(tmp_path):
+    run = fit(Recipe(data=splits(), student=partial(Net, 4), terms=(Seg,), weights=dict(seg=1), steps=1), tmp_path/"run")
+    predict_all(dict(student=run), dict(mine=splits()))
+    rows = stored_scores(dict(student=run), dict(mine=splits()), ("dice",))
+    assert [row["case"] for row in rows] == ["2-0"]
+
+
+@pytest.mark.parametrize("changes, error, expected", [
+    (dict(terms=(Seg, KD), weights=dict(seg=1, kd=1)), KeyError, "asked of a teacher, and there is none"),
+    (dict(student=partial(nn.Conv2d, 1, 3, 1)), ValueError, "3 channels, mine has 2 classes"),
+    (dict(terms=(Seg, AT), weights=dict(seg=1, at=1), teacher=Net(4)), KeyError, "no roles are known here"),
+])
+def test_what_does_not_fit_together(tmp_path, changes, error, expected):
+    base = Recipe(data=splits(), student=partial(Net, 4), terms=(Seg,), weights=dict(seg=1), steps=1)
+    with pytest.raises(error, match=expected): fit(replace(base, **changes), tmp_path/"run")

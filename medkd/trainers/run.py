@@ -172,7 +172,7 @@ def read_weights(path:str|Path) -> dict[str, torch.Tensor]:
         raise Damaged(f"{path} is damaged: its checksum does not match; {wayout}")
     return state
 
-# %% ../../nbs/trainers/00_run.ipynb #cdbae913
+# %% ../../nbs/trainers/00_run.ipynb #7f616c6b
 def load_network(network:Callable[[], nn.Module]|nn.Module, # makes the network
                  weights:str|Path,                          # safetensors file, or a run folder
                  ) -> nn.Module:
@@ -181,9 +181,10 @@ def load_network(network:Callable[[], nn.Module]|nn.Module, # makes the network
     path = Path(weights)/"best.safetensors" if Path(weights).is_dir() else Path(weights)
     state, own = read_weights(path), net.state_dict()
     shapes = [{name: t.shape for name, t in tensors.items()} for tensors in (state, own)]
-    misfit = [name for name in {**state, **own} if shapes[0].get(name) != shapes[1].get(name)]
+    every = {**state, **own}
+    misfit = [name for name in every if shapes[0].get(name) != shapes[1].get(name)]
     if misfit:
-        raise ValueError(f"{path} does not fit {type(net).__name__}: {len(misfit)} of {len(own)} "
+        raise ValueError(f"{path} does not fit {type(net).__name__}: {len(misfit)} of {len(every)} "
                          f"tensors differ in name or shape, first {misfit[0]}")
     net.load_state_dict(state)
     return net

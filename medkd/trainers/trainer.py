@@ -131,7 +131,7 @@ def build(self:Trainer) -> None:
     self.prepare(objective)
     seed_everything(recipe.seed + self.rank)
 
-# %% ../../nbs/trainers/05_trainer.ipynb #bbf444c7
+# %% ../../nbs/trainers/05_trainer.ipynb #ad671d4b
 @patch
 def place(self:Trainer, net:nn.Module|None) -> nn.Module|None:
     "The network on the device, 2-D ones channels-last."
@@ -156,6 +156,10 @@ def build_parts(self:Trainer, parts:list, objective:Objective, batch:dict) -> No
     with isolated_rng(), unchanged(objective), torch.no_grad():
         seen = objective.student(student_sees(batch, shown, self.recipe.student_input))
     shapes = [{name: tuple(t.shape) for name, t in taps.items()} for taps in (seen, shown)]
+    wanted, given = self.splits.num_classes, shapes[0]["out"][1]
+    if "seg" in self.recipe.weights and given != wanted:
+        raise ValueError(f"the student gives {given} channels, {self.splits.name} has {wanted} "
+                         "classes, the background included")
     for part in parts: part.build(*shapes)
 
 @patch
