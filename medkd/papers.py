@@ -101,17 +101,19 @@ def predict_all(runs:Mapping[str, Run], # method -> run
         for name, splits in tests.items():
             store_predictions(net, splits.test, prediction_folder(run, name), weights, splits.sha256, splits.patch)
 
-# %% ../nbs/10_papers.ipynb #c7aaaa55
-def stored_scores(runs:Mapping[str, Run], tests:Mapping, metrics:Sequence[str]=VESSEL) -> list[dict]:
+# %% ../nbs/10_papers.ipynb #36813067
+def stored_scores(runs:Mapping[str, Run], tests:Mapping, metrics:Sequence[str]=VESSEL,
+                  score:Callable=score_predictions # or `score_volumes`: a case is a volume, not a slice
+                  ) -> list[dict]:
     """Long rows (method, dataset, case, metric, value) computed from the stored predictions alone; also written to
     scores.csv beside them. Every table and figure of a paper notebook is made of these rows."""
     rows = []
     for method, run in runs.items():
         for name, splits in tests.items():
             folder, test = prediction_folder(run, name), splits.test
-            scores = score_predictions(folder, test, splits.classes, metrics)
+            scores = score(folder, test, splits.classes, metrics)
             scores.write_csv(folder/"scores.csv")
-            patients = dict(zip(test.cases, test.patients)) if hasattr(test, "patients") else None
+            patients = dict(zip(test.cases, test.patients)) | getattr(test, "volumes", {}) if hasattr(test, "patients") else None
             rows += long_rows(scores, method, name, patients)
     return rows
 

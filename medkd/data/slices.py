@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['hu_window', 'resize_slices', 'prepare_scan', 'split_patients', 'Slices', 'TrainSlices', 'jitter']
 
-# %% ../../nbs/data/08_slices.ipynb #5bf25be5
+# %% ../../nbs/data/08_slices.ipynb #949b2463
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -50,24 +50,29 @@ def split_patients(patients:Sequence[str], # at least three
     parts = dict(test=drawn[:test], val=drawn[test:test + val], train=drawn[test + val:])
     return {part: [patients[i] for i in sorted(parts[part])] for part in ("train", "val", "test")}
 
-# %% ../../nbs/data/08_slices.ipynb #3998dc96
+# %% ../../nbs/data/08_slices.ipynb #384b4455
 class Slices:
     """Axial slices of whole scans: image (1,N,N) float32 in [0,1], label (N,N) int64, spacing (mm,
-    of the slice at this size), case = patient_slice; `patients` says whose each slice is."""
-    def __init__(self, names:Sequence[str],    # of the patients
+    of the slice at this size; left out where it is not known), case = scan_slice; `patients` says
+    whose each slice is, `volumes` whose each scan."""
+    def __init__(self, names:Sequence[str],    # of the scans
                  scans:Sequence[dict],         # from `prepare_scan`
-                 truth:Callable|None=None):    # name -> (Z,H,W) uint8 label on the scanner's grid
+                 truth:Callable|None=None,     # name -> (Z,H,W) uint8 label on the scanner's grid
+                 patients:Mapping[str, str]|None=None): # scan -> patient; None: one scan for each
         self.scans, self.truth = dict(zip(names, scans)), truth
+        self.volumes = {name: (patients or {}).get(name, name) for name in self.scans}
         self.places = [(name, k) for name, scan in self.scans.items()
                        for k in range(len(scan["image"]))]
         self.cases = tuple(f"{name}_{k:03d}" for name, k in self.places)
-        self.patients = tuple(name for name, _ in self.places)
+        self.patients = tuple(self.volumes[name] for name, _ in self.places)
 
     def __len__(self): return len(self.places)
 
     def __getitem__(self, index:int) -> dict:
         name, k = self.places[index]
         scan = self.scans[name]
+        if "spacing" not in scan:
+            return self.item(index)
         step = scan["spacing"][1:] * scan["shape"][1:] / scan["image"].shape[1:]
         return self.item(index) | dict(spacing=tuple(step.tolist()))
 
@@ -79,12 +84,13 @@ class Slices:
                                                    label=scan["label"][k]))
 
     def native(self, name:str) -> dict:
-        """A patient as the scanner saw it: cases (Z names, in order), label (Z,H,W) uint8, spacing
-        (3,) mm. KeyError for another patient's name."""
+        """A scan on the scanner's grid: cases (Z names, in order), label (Z,H,W) uint8, spacing
+        (3,) mm, None where it is not known. KeyError for another name."""
         if name not in self.scans:
             raise unknown("patient", name, self.scans)
-        return dict(cases=[c for c, p in zip(self.cases, self.patients) if p == name],
-                    label=self.truth(name), spacing=tuple(self.scans[name]["spacing"].tolist()))
+        step = self.scans[name].get("spacing")
+        return dict(cases=[c for c, (n, _) in zip(self.cases, self.places) if n == name],
+                    label=self.truth(name), spacing=None if step is None else tuple(step.tolist()))
 
 # %% ../../nbs/data/08_slices.ipynb #9afdd9c2
 class TrainSlices(Slices):
