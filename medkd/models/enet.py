@@ -97,14 +97,14 @@ class Stage(nn.Module):
 
     def forward(self, x:Tensor, *others) -> Tensor: return self.blocks(self.resample(x, *others))
 
-# %% ../../nbs/models/04_enet.ipynb #6c457dff
+# %% ../../nbs/models/04_enet.ipynb #8479e421
 class ENet(EncoderDecoder):
     """ENet: (B,in_channels,H,W) -> logits (B,num_classes,H,W), any H and W of at least 8.
 
     `bottleneck` is stage 3, at the size of `enc3`. Max-unpooling is not deterministic on CUDA:
     strict deterministic mode refuses to train this network there."""
-    levels = 3
-    taps = level_taps(3, 2, encoder="enc2", decoder="dec2")
+    levels, minimum = 3, 8
+    taps = level_taps(3, 2, encoder="enc2", decoder="dec2", low="enc1", high="bottleneck")
 
     def __init__(self, in_channels:int=1, num_classes:int=2, width:float=1.):
         super().__init__(in_channels, num_classes, width)
@@ -118,13 +118,6 @@ class ENet(EncoderDecoder):
         self.dec2 = Stage(ENetUp(c, b, .1), *(ENetBottleneck(b, relu, .1) for _ in range(2)))
         self.dec1 = Stage(ENetUp(b, a, .1), ENetBottleneck(a, relu, .1))
         self.head = nn.ConvTranspose2d(a, num_classes, 3, stride=2, padding=1, bias=False)
-
-    def check(self, x:Tensor):
-        "ValueError unless `x` is (B,in_channels,H,W) with H and W of at least 8."
-        super().check(x)
-        size = tuple(x.shape[2:])
-        if min(size) < 8:
-            raise ValueError(f"ENet takes sizes of at least 8, but was given {size}: pad or resize")
 
     def encode(self, x:Tensor # (B,in_channels,H,W)
                ) -> dict[str, Tensor]:

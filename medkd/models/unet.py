@@ -43,11 +43,11 @@ def init_kaiming(module:nn.Module): # of any kind
     if isinstance(module, nn.BatchNorm2d): nn.init.normal_(module.weight, 1., .02)
     if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)): nn.init.zeros_(module.bias)
 
-# %% ../../nbs/models/03_unet.ipynb #7514d5b7
+# %% ../../nbs/models/03_unet.ipynb #9eb73dd5
 class UNet(EncoderDecoder):
     "U-Net: (B,in_channels,H,W) -> logits (B,num_classes,H,W), H and W multiples of 16."
     levels, multiple = 4, 16
-    taps = level_taps(4, 4, encoder="enc3", decoder="dec3")
+    taps = level_taps(4, 4, encoder="enc3", decoder="dec3", low="enc2", high="bottleneck")
 
     def __init__(self, in_channels:int=1, num_classes:int=2, width:float=1.,
                  up:str="bilinear", # how the decoder up-samples: "bilinear" or "nearest"
