@@ -87,7 +87,7 @@ def level_taps(
     up = {f"d{i + 1}": f"dec{i}" for i in range(decoders, 0, -1)}
     return roles | down | up | dict(head_in="head:in")
 
-# %% ../../nbs/models/00_base.ipynb #ae08805b
+# %% ../../nbs/models/00_base.ipynb #c2973408
 class EncoderDecoder(nn.Module):
     """A segmentation network in two halves: logits (B,K,*S) = decode(encode(x)), of `x`'s size.
 
@@ -114,14 +114,15 @@ class EncoderDecoder(nn.Module):
         self.in_channels, self.num_classes = in_channels, num_classes
 
     def check(self, x:Tensor):
-        "ValueError unless `x` is (B,in_channels,*S) with multiples of `multiple` from `minimum` on."
+        "ValueError unless `x` is (B,in_channels,*S) with sizes that fit `multiple` and `minimum`."
         name, m, size = type(self).__name__, self.multiple, tuple(x.shape[2:])
         least = max(m, self.minimum)
         if x.ndim != 2 + self.ndim or x.shape[1] != self.in_channels:
             raise ValueError(f"{name} takes (batch, {self.in_channels} channels, {self.ndim} "
                              f"sizes), but was given {tuple(x.shape)}")
         if any(s < least or s % m for s in size):
-            rules = [f"that are multiples of {m}"] * (m > 1) + [f"of at least {least}"] * (m < least)
+            rules = [f"that are multiples of {m}"] * (m > 1)
+            rules += [f"of at least {least}"] * (m < least)
             fitting = tuple(max(least, -(-s // m) * m) for s in size)
             raise ValueError(f"{name} takes sizes {' and '.join(rules)}, but was given {size}: "
                              f"pad, crop or resize, for instance to {fitting}")

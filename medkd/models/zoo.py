@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'model_options', 'build']
 
-# %% ../../nbs/models/90_zoo.ipynb #89c798e9
+# %% ../../nbs/models/90_zoo.ipynb #c6c18e94
 import inspect
 from collections.abc import Callable
 
@@ -14,12 +14,15 @@ from .enet import ENet
 from .erfnet import ERFNet
 from .fanet import FANet
 from .mobile_unet import MobileUNet
+from .resunet3d import ResUNet3D
+from .segresnet import SegResNet
 from .unet import UNet, UNetNoSkip
+from .unet3d_tiny import UNet3DTiny
 
-# %% ../../nbs/models/90_zoo.ipynb #6cd6c237
+# %% ../../nbs/models/90_zoo.ipynb #e5943582
 MODELS: dict[str, Callable[..., nn.Module]] = dict(
     fanet=FANet, mobile_unet=MobileUNet, enet=ENet, erfnet=ERFNet, unet=UNet,
-    unet_noskip=UNetNoSkip,
+    unet_noskip=UNetNoSkip, resunet3d=ResUNet3D, segresnet=SegResNet, unet3d_tiny=UNet3DTiny,
 )
 
 # %% ../../nbs/models/90_zoo.ipynb #ca39ac15
