@@ -4,9 +4,9 @@
 __all__ = ['predict', 'predict_batch', 'dice_score', 'to_grey', 'from_grey', 'to_greys', 'store_predictions', 'png',
            'read_prediction', 'label_map', 'score_predictions', 'read_volume', 'score_volumes']
 
-# %% ../nbs/03_inference.ipynb #70ca8410
+# %% ../nbs/03_inference.ipynb #16dded97
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -129,24 +129,26 @@ def score_predictions(folder:str|Path, data, # the data set that was predicted
         scores.add(item["case"], label_map(probability), item["label"], item.get("spacing"), score=grey, mask=item.get("fov"))
     return scores
 
-# %% ../nbs/03_inference.ipynb #5a01067b
+# %% ../nbs/03_inference.ipynb #89d8f2de
 def read_volume(folder:str|Path,
                 cases:Sequence[str],       # the slices, in order
                 shape:Sequence[int],       # (Z,H,W) of the volume
                 threshold:float=.5,        # as in `label_map`
-                nearest:bool=False         # labels are resized, not probabilities
+                nearest:bool=False,        # labels are resized, not probabilities
+                back:Callable=resize_slices # (maps (N,h,w), (H,W), nearest) -> (N,H,W)
                 ) -> np.ndarray:           # (Z,H,W) uint8
     "The stored slices of a volume as labels on its grid. ValueError for another number of slices."
     if len(cases) != shape[0]: raise ValueError(f"{len(cases)} slices for a volume {tuple(shape)}: all of them are needed")
     def one(probability):
-        if nearest: return resize_slices(label_map(probability, threshold)[None], shape[1:], nearest=True)[0]
-        maps = probability.reshape(-1, *probability.shape[-2:])
-        return label_map(resize_slices(maps, shape[1:]).reshape(*probability.shape[:-2], *shape[1:]), threshold)
+        if nearest: return back(label_map(probability, threshold)[None], shape[1:], True)[0]
+        maps = back(probability.reshape(-1, *probability.shape[-2:]), shape[1:], False)
+        return label_map(maps.reshape(*probability.shape[:-2], *shape[1:]), threshold)
     return np.stack([one(read_prediction(folder, case)) for case in cases])
 
-# %% ../nbs/03_inference.ipynb #859293a6
+# %% ../nbs/03_inference.ipynb #aedf5d4b
 def score_volumes(folder:str|Path,
-                  data,                 # `volumes`: name -> patient; `native(name)` -> cases, label (Z,H,W), spacing or None
+                  data,                 # `volumes`: name -> patient; `native(name)` -> cases, label (Z,H,W), spacing or
+                                        # None; `back` when its slices are not resized by `resize_slices`
                   classes:Sequence[str], metrics:Sequence[str]=ORGAN,
                   threshold:float=.5, nearest:bool=False, # see `read_volume`
                   ) -> CaseScores:
@@ -157,6 +159,7 @@ def score_volumes(folder:str|Path,
     scores = CaseScores(classes, metrics)
     for name in data.volumes:
         whole = data.native(name)
-        pred = read_volume(folder, whole["cases"], whole["label"].shape, threshold, nearest)
+        back = getattr(data, "back", resize_slices)
+        pred = read_volume(folder, whole["cases"], whole["label"].shape, threshold, nearest, back)
         scores.add(name, pred, whole["label"], whole["spacing"])
     return scores

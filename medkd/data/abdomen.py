@@ -188,9 +188,9 @@ def paint_tumours(art:Painting, count:int):
             art.hu[where] += hu
             art.label[where & (field < 1)] = 2
 
-# %% ../../nbs/data/09_abdomen.ipynb #029fed78
+# %% ../../nbs/data/09_abdomen.ipynb #68f5171c
 def abdomen(rng:np.random.Generator, style:Style, shape:tuple[int, int, int] # (Z,H,W)
-            ) -> dict: # hu (Z,H,W) float32; label, 1 liver, 2 tumour, and organs (Z,H,W); spacing (mm)
+            ) -> dict: # hu (Z,H,W) float32; label: 1 liver, 2 tumour; organs; spacing (mm)
     "One scan, from the feet to the head, rows to the back, columns to the patient's left."
     draw = lambda pair: rng.uniform(*pair)
     half = np.array([132, 88, 92]) * draw(style.size) * np.exp(rng.normal(0, .04, 3))
