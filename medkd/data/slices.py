@@ -51,14 +51,15 @@ def split_patients(patients:Sequence[str], # at least three
     parts = dict(test=drawn[:test], val=drawn[test:test + val], train=drawn[test + val:])
     return {part: [patients[i] for i in sorted(parts[part])] for part in ("train", "val", "test")}
 
-# %% ../../nbs/data/08_slices.ipynb #c1cfbb7e
+# %% ../../nbs/data/08_slices.ipynb #40797ca2
 class Slices:
     """Axial slices of whole scans: image (1,N,N) float32 in [0,1], label (N,N) int64, spacing (mm,
     of the slice at this size; left out where it is not known), case = scan_slice; `patients` says
     whose each slice is, `volumes` whose each scan."""
     def __init__(self, names:Sequence[str],    # of the scans
                  scans:Sequence[dict],         # from `prepare_scan`
-                 truth:Callable|None=None,     # name -> (Z,H,W) uint8 label on the scanner's grid
+                 truth:Callable|None=None,     # name -> (Z,H,W) uint8 label on the scanner's grid;
+                                               # None: the scans are on it
                  patients:Mapping[str, str]|None=None, # scan -> patient; None: one scan for each
                  fit:Callable=dict,            # (image=, label=) -> both at the network's size
                  back:Callable=resize_slices): # (maps, shape, nearest) -> on the scanner's grid
@@ -92,7 +93,8 @@ class Slices:
             raise unknown("patient", name, self.scans)
         step = self.scans[name].get("spacing")
         return dict(cases=[c for c, (n, _) in zip(self.cases, self.places) if n == name],
-                    label=self.truth(name), spacing=None if step is None else tuple(step.tolist()))
+                    label=self.truth(name) if self.truth else self.scans[name]["label"],
+                    spacing=None if step is None else tuple(step.tolist()))
 
 # %% ../../nbs/data/08_slices.ipynb #a5d7e400
 def resized(image:np.ndarray, # (H,W) float32
