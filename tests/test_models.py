@@ -14,6 +14,7 @@ from medkd.models.profile import count, latency, on_meta, peak_memory, thop_laye
 from medkd.models.zoo import MODELS, build, model_options
 
 PAIRED = ("fanet", "mobile_unet", "enet", "erfnet")
+PROFILED = ("fanet", "enet", "lcovnet")
 
 
 @pytest.fixture(params=sorted(MODELS))
@@ -211,6 +212,14 @@ SHAPES = dict( # role -> channels, size at 256x256 or 96x96x96
     segresnet=dict(encoder=(64, 24), decoder=(16, 96), head_in=(16, 96), e1=(16, 96),
                    e2=(32, 48), e3=(64, 24), e4=(128, 12), d4=(64, 24), d3=(32, 48), d2=(16, 96),
                    branch=(16, 96), as_published=(16, 96)),
+    espnetv2_3d=dict(encoder=(64, 24), decoder=(32, 48), head_in=(32, 48), e1=(32, 48),
+                     e2=(64, 24), e3=(128, 12), e4=(256, 6), d4=(64, 12), d3=(48, 24), d2=(32, 48)),
+    mobile_unet3d=dict(encoder=(24, 24), decoder=(16, 96), head_in=(16, 96), e1=(16, 48),
+                       e2=(24, 24), e3=(32, 12), e4=(96, 6), e5=(1280, 3),
+                       d5=(96, 6), d4=(32, 12), d3=(24, 24), d2=(16, 48)),
+    lcovnet=dict(encoder=(64, 24), decoder=(16, 96), head_in=(16, 96), e1=(16, 96), e2=(32, 48),
+                 e3=(64, 24), e4=(128, 12), e5=(256, 6),
+                 d5=(128, 12), d4=(64, 24), d3=(32, 48), d2=(16, 96)),
 )
 SHAPES["unet_noskip"] = SHAPES["unet"]
 
@@ -330,6 +339,7 @@ def test_linear_layers_count_too():
     assert count(net, (2, 3, 2, 2)) == (65, 120) and count(net, (2, 3, 2, 2), "thop") == (65, 120)
 
 
+@pytest.mark.parametrize("name", PROFILED)
 def test_count_leaves_the_network_alone(net, image):
     calls = []
     handle = net.head.register_forward_hook(lambda *args: calls.append(1))
@@ -344,6 +354,7 @@ def test_count_leaves_the_network_alone(net, image):
     handle.remove()
 
 
+@pytest.mark.parametrize("name", PROFILED)
 def test_latency_and_peak_memory(net, size):
     assert latency(net, (1, 1, *size), repeats=2) > 0
     one, four = (peak_memory(net, (batch, 1, *size)) for batch in (1, 4))

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'model_options', 'build']
 
-# %% ../../nbs/models/90_zoo.ipynb #c6c18e94
+# %% ../../nbs/models/90_zoo.ipynb #e8352c67
 import inspect
 from collections.abc import Callable
 
@@ -12,17 +12,21 @@ from torch import nn
 from ..core import unknown
 from .enet import ENet
 from .erfnet import ERFNet
+from .espnetv2_3d import ESPNetV2
 from .fanet import FANet
+from .lcovnet import LCOVNet
 from .mobile_unet import MobileUNet
+from .mobile_unet3d import MobileUNet3D
 from .resunet3d import ResUNet3D
 from .segresnet import SegResNet
 from .unet import UNet, UNetNoSkip
 from .unet3d_tiny import UNet3DTiny
 
-# %% ../../nbs/models/90_zoo.ipynb #e5943582
+# %% ../../nbs/models/90_zoo.ipynb #c665e708
 MODELS: dict[str, Callable[..., nn.Module]] = dict(
     fanet=FANet, mobile_unet=MobileUNet, enet=ENet, erfnet=ERFNet, unet=UNet,
     unet_noskip=UNetNoSkip, resunet3d=ResUNet3D, segresnet=SegResNet, unet3d_tiny=UNet3DTiny,
+    espnetv2_3d=ESPNetV2, mobile_unet3d=MobileUNet3D, lcovnet=LCOVNet,
 )
 
 # %% ../../nbs/models/90_zoo.ipynb #ca39ac15
