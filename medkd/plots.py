@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COSTS', 'method_colours', 'run_rows', 'series', 'smooth', 'wide_range', 'names_in', 'draw_losses', 'draw_scores',
            'show_curves', 'shares', 'show_share', 'draw_strip', 'show_scores', 'spread', 'distinct', 'draw_cost',
-           'show_cost']
+           'show_cost', 'project', 'show_vectors']
 
 # %% ../nbs/06_plots.ipynb #3751273d
 from collections.abc import Iterable, Mapping, Sequence
@@ -210,4 +210,30 @@ def show_cost(rows,              # per method: method, the score, any of COSTS
     for ax, cost in zip(figure.subplots(1, len(costs), sharey=True, squeeze=False).flat, costs):
         draw_cost(ax, table, cost, score, colours)
         ax.label_outer()
+    return figure
+
+# %% ../nbs/06_plots.ipynb #37ccebc6
+def project(vectors, # (n,D)
+            seed:int=0) -> np.ndarray: # (n,2)
+    "t-SNE with perplexity 30 (a quarter of n when that is less), started from the principal components."
+    from sklearn.manifold import TSNE
+    vectors = np.asarray(vectors, np.float32)
+    if len(vectors) < 8: raise ValueError(f"{len(vectors)} vectors are too few for a t-SNE; give at least 8")
+    return TSNE(perplexity=min(30, len(vectors) // 4), init="pca", random_state=seed).fit_transform(vectors)
+
+# %% ../nbs/06_plots.ipynb #4d50a040
+@styled()
+def show_vectors(panels:Mapping[str, tuple], # title -> (vectors (n,D), groups (n,) as integers)
+                 names:Sequence[str],        # of group 0, 1, ...
+                 seed:int=0, title:str="t-SNE", note:str=""):
+    "Figure with the t-SNE of each panel, a colour for each group."
+    figure = make_figure(3.4 * len(panels), 4., title, note)
+    for ax, (name, (vectors, groups)) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items()):
+        places, groups = project(vectors, seed), np.asarray(groups)
+        for k, colour in zip(range(len(names)), PALETTE):
+            ax.scatter(*places[groups == k].T, s=9, color=colour, alpha=.75, lw=0, label=names[k])
+        ax.set(title=name, xticks=[], yticks=[])
+        ax.grid(False)
+        ax.set_box_aspect(1)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(names), markerscale=2)
     return figure

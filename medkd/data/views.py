@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'flipped', 'rotated', 'relit', 'noisy', 'Views', 'views_of', 'with_views', 'view_batches', 'tiles',
-           'corners', 'cut']
+           'corners', 'cut', 'tile_items']
 
 # %% ../../nbs/data/07_views.ipynb #9e3a0d1e
 import hashlib
@@ -149,3 +149,11 @@ def cut(batch:dict, corner:Sequence[int], size:Sequence[int]|None) -> dict:
     window = (...,) if size is None else (..., *(slice(c, c + s) for c, s in zip(corner, size)))
     return {name: batch[name] if name == "case" else batch[name][window]
             for name in ("image", "label", "fov", "case") if name in batch}
+
+# %% ../../nbs/data/07_views.ipynb #6b1c7e7d
+def tile_items(batches:Iterable[dict],  # of whole images
+               size:Sequence[int]|None, # of a tile
+               ) -> list[dict]:         # what `Views` takes
+    "The tiles, each an item of its own."
+    return [{name: values[k] for name, values in batch.items()}
+            for batch in tiles(batches, size) for k in range(len(batch["case"]))]
