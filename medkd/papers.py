@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['injected', 'fits', 'check_parameters', 'type_name', 'choose', 'load_present', 'prediction_folder', 'predict_all',
-           'stored_scores', 'stored_predictions', 'mean_score', 'verdict', 'adopt', 'keep', 'write_results']
+           'stored_scores', 'stored_predictions', 'shown_case', 'mean_score', 'verdict', 'adopt', 'keep',
+           'write_results']
 
 # %% ../nbs/10_papers.ipynb #05604c63
 import ast
@@ -101,15 +102,15 @@ def predict_all(runs:Mapping[str, Run], # method -> run
         for name, splits in tests.items():
             store_predictions(net, splits.test, prediction_folder(run, name), weights, splits.sha256, splits.patch)
 
-# %% ../nbs/10_papers.ipynb #36813067
+# %% ../nbs/10_papers.ipynb #11fe3c20
 def stored_scores(runs:Mapping[str, Run], tests:Mapping, metrics:Sequence[str]=VESSEL,
                   score:Callable=score_predictions # or `score_volumes`: a case is a volume, not a slice
                   ) -> list[dict]:
     """Long rows (method, dataset, case, metric, value) computed from the stored predictions alone; also written to
     scores.csv beside them. Every table and figure of a paper notebook is made of these rows."""
     rows = []
-    for method, run in runs.items():
-        for name, splits in tests.items():
+    for name, splits in tests.items():
+        for method, run in runs.items():
             folder, test = prediction_folder(run, name), splits.test
             scores = score(folder, test, splits.classes, metrics)
             scores.write_csv(folder/"scores.csv")
@@ -122,6 +123,14 @@ def stored_predictions(runs:Mapping[str, Run], data_name:str, cases:Sequence[str
     "method -> case -> (H,W) stored probability of the foreground."
     return {method: {case: read_prediction(prediction_folder(run, data_name), case) for case in cases}
             for method, run in runs.items()}
+
+# %% ../nbs/10_papers.ipynb #d9e91d59
+def shown_case(data, # a test set
+               case:str) -> str:
+    "The case that stands for `case` in a figure: itself, or of a volume the slice with the most foreground."
+    if case not in getattr(data, "volumes", ()): return case
+    whole = data.native(case)
+    return whole["cases"][int((whole["label"] > 0).sum((1, 2)).argmax())]
 
 # %% ../nbs/10_papers.ipynb #14d50eb2
 def mean_score(rows:Sequence[Mapping], method:str, dataset:str, metric:str="dice") -> float:

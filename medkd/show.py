@@ -89,12 +89,13 @@ def pick_samples(data, # Batch or dataset
     draw = getattr(data, "sample", lambda index, rng: data[index])
     return [draw(i, np.random.default_rng([seed, i])) for i in places]
 
-# %% ../nbs/04_show.ipynb #46011ae8
+# %% ../nbs/04_show.ipynb #deff6f03
 @styled()
 def show_batch(data, # Batch, or a dataset with items image (C,H,W), label (H,W), case
                n:int=8, title:str="Training samples", note:str=""):
     "Figure of up to n samples, each with its case and the outline of every labelled class."
-    items, columns = pick_samples(data, n), 4
+    items = pick_samples(data, n)
+    columns = len(items) if len(items) <= 6 else 4
     rows = [items[i:i + columns] for i in range(0, len(items), columns)]
     figure, axes = picture_grid([row[0]["image"].shape[1:] for row in rows], min(columns, len(items)), title, note)
     for ax in axes.flat[len(items):]: ax.set_visible(False)
@@ -133,7 +134,7 @@ def case_dice(labels:np.ndarray, item:Mapping, num_classes:int) -> float:
     inside = torch.as_tensor(item.get("fov", torch.ones_like(truth))).long()
     return dice((pred * inside)[None], (truth * inside)[None], num_classes).nanmean().item()
 
-# %% ../nbs/04_show.ipynb #c115ec7c
+# %% ../nbs/04_show.ipynb #003dcad1
 def result_row(item:Mapping, predictions:Mapping[str, Mapping], crop, colours:Mapping[str, str]
                ) -> list[tuple[str, np.ndarray]]: # (title, (H,W,3) uint8)
     "The pictures of one case: the image (whole, then cut), the truth, each method with its Dice over the whole case."
@@ -144,12 +145,13 @@ def result_row(item:Mapping, predictions:Mapping[str, Mapping], crop, colours:Ma
         if item["case"] not in cases: raise unknown(f"case among the predictions of {method}", item["case"], cases)
         labels = as_labels(cases[item["case"]])
         score = case_dice(labels, item, len(colours) + 1)
-        row.append((f"{method}{chr(10) if len(predictions) > 4 else '  '}{score:.3f}", paint(labels, item, colours)))
+        name = method.replace(" ", "\n") + "\n" if len(predictions) > 4 else f"{method}  "
+        row.append((f"{name}{score:.3f}", paint(labels, item, colours)))
     y, x, h, w = window
     whole = [] if crop is None else [("image", framed(image, window))]
     return whole + [(title, picture[y:y + h, x:x + w]) for title, picture in row]
 
-# %% ../nbs/04_show.ipynb #63a5ce5b
+# %% ../nbs/04_show.ipynb #dbbffa66
 @styled()
 def show_results(items,              # dataset or list of items: image (C,H,W), label (H,W), case, fov
                  predictions:Mapping[str, Mapping], # method -> case -> (H,W) probability or label map
@@ -161,7 +163,7 @@ def show_results(items,              # dataset or list of items: image (C,H,W), 
     colours, chosen = class_colours(classes), find_items(items, cases)
     rows = [result_row(item, predictions, crop, colours) for item in chosen.values()]
     shapes = [max((picture.shape[:2] for _, picture in row), key=lambda s: s[0] / s[1]) for row in rows]
-    figure, axes = picture_grid(shapes, len(rows[0]), title, note, lines=2 if len(predictions) > 4 else 1)
+    figure, axes = picture_grid(shapes, len(rows[0]), title, note, lines=2 + max(name.count(" ") for name in predictions) if len(predictions) > 4 else 1)
     for line, label, row in zip(axes, chosen, rows):
         line[0].set_ylabel(label.replace(": ", "\n"))
         for ax, (name, picture) in zip(line, row):
