@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['unknown', 'Taps', 'widen', 'first_tensor', 'resolve', 'Tapped', 'tap_shapes', 'evaluating', 'steady', 'freeze',
-           'trainable', 'weights_sha256', 'Term', 'supervised', 'resize', 'toy_taps', 'gather_rows', 'seed_everything',
-           'rng_state', 'set_rng_state', 'isolated_rng']
+           'trainable', 'weights_sha256', 'Term', 'Adversary', 'supervised', 'resize', 'toy_taps', 'gather_rows',
+           'seed_everything', 'rng_state', 'set_rng_state', 'isolated_rng']
 
 # %% ../nbs/00_core.ipynb #171b03be
 import difflib
@@ -231,6 +231,31 @@ class Term(nn.Module):
     def example(ndim:int, classes:int) -> tuple:
         "(term, student Taps, teacher Taps, batch) with 2 or 3 spatial axes, for its contracts."
         raise NotImplementedError("a Term shows itself on an example")
+
+# %% ../nbs/00_core.ipynb #45a4e743
+class Adversary(nn.Module):
+    """Base of a discriminator: its network is made in `build`, its parameters are outside the
+    student's optimiser.
+
+    `names` are the scalars of `student`, keys of Recipe.weights like a term's; `needs` its taps."""
+    names: tuple[str, ...] = ("adversarial",)
+    needs: tuple[Sequence[str], Sequence[str]] = ((), ())
+
+    def __init__(self, lr:float=2e-4,
+                 optimiser:Callable=torch.optim.Adam, # (parameters, lr=) -> optimiser
+                 schedule:Callable[[float, float], float]|None=None): # factor of lr; None: 1
+        super().__init__()
+        self.lr, self.optimiser = lr, optimiser
+        self.schedule = schedule or (lambda epoch, epochs: 1.)
+
+    def build(self, student_shapes:Mapping, teacher_shapes:Mapping) -> None:
+        "Make the discriminator; called once, before its optimiser is."
+
+    def student(self, student:Taps, teacher:Taps, batch:Mapping) -> dict[str, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} defines no student loss")
+
+    def forward(self, student:Taps, teacher:Taps, batch:Mapping) -> dict[str, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} defines no loss of its own")
 
 # %% ../nbs/00_core.ipynb #17399309
 def supervised(batch:Mapping # with optional `labelled` (B,) bool and `view` (B,)

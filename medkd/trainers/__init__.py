@@ -5,9 +5,10 @@ __all__ = ['Adversary', 'NotFinite', 'Objective', 'Recipe', 'Run', 'Stale', 'Tra
            'load_network', 'piecewise', 'poly']
 
 # %% ../../nbs/trainers/08_face.ipynb #79b46fb7
+from ..core import Adversary
 from .fit import Stale, fit
 from .objective import NotFinite, Objective
-from .recipe import Adversary, Recipe, constant, cosine, piecewise, poly
+from .recipe import Recipe, constant, cosine, piecewise, poly
 from .run import Run, load_network
 from .trainer import Trainer
 

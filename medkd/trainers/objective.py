@@ -11,8 +11,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..core import Taps, Tapped, Term, freeze, isolated_rng
-from .recipe import Adversary
+from ..core import Adversary, Taps, Tapped, Term, freeze, isolated_rng
 
 # %% ../../nbs/trainers/02_objective.ipynb #eb2cea0d
 class Step:
