@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['pixelwise', 'RelationError', 'relation_error', 'pool_nodes', 'pairwise', 'processes', 'SKD', 'SpectralNorm',
-           'SelfAttention', 'Discriminator', 'holistic', 'gradient_penalty', 'Holistic']
+           'SelfAttention', 'Discriminator', 'holistic', 'gradient_penalty', 'check_predictions', 'Holistic']
 
 # %% ../../nbs/losses/04_skd.ipynb #ecf62738
 from collections.abc import Callable, Mapping, Sequence
@@ -211,7 +211,19 @@ def gradient_penalty(discriminator:nn.Module, # (B,K,*S), *condition -> scores
     gradient, = torch.autograd.grad(scores.sum(), between, create_graph=True)
     return (torch.linalg.vector_norm(gradient.flatten(1), dim=1) - 1).square().mean()
 
-# %% ../../nbs/losses/04_skd.ipynb #82885be0
+# %% ../../nbs/losses/04_skd.ipynb #31b0edc3
+def check_predictions(student:Sequence[int], # (B,K,*S) shapes of the logits
+                      teacher:Sequence[int]) -> None:
+    "ValueError for logits that differ in shape, or are too small for the discriminator."
+    ours, theirs = tuple(student[1:]), tuple(teacher[1:])
+    if ours != theirs:
+        raise ValueError("the discriminator compares logits of one shape, but the student gives "
+                         f"{ours}, the teacher {theirs}")
+    if min(ours[1:]) < 64:
+        raise ValueError("the discriminator needs images of at least 64 along each axis, these are "
+                         f"{ours[1:]}; train on larger patches, or without it")
+
+# %% ../../nbs/losses/04_skd.ipynb #9325edb9
 class Holistic(Adversary):
     """The discriminator of logits. `adversarial` is what the student minimises; its own losses are
     `discriminator` and, with "wgan-gp", `penalty`."""
@@ -231,14 +243,8 @@ class Holistic(Adversary):
         self.make = partial(Discriminator, preprocess=preprocess, image_channels=image_channels)
 
     def build(self, student_shapes:Mapping, teacher_shapes:Mapping) -> None:
-        "ValueError for predictions of two shapes, or too small ones."
-        (_, classes, *size), theirs = student_shapes["out"], teacher_shapes["out"]
-        if (classes, *size) != tuple(theirs[1:]):
-            raise ValueError("the discriminator compares logits of one shape, but the student "
-                             f"gives {(classes, *size)}, the teacher {tuple(theirs[1:])}")
-        if min(size) < 64:
-            raise ValueError("the discriminator needs images of at least 64 along each axis, these "
-                             f"are {tuple(size)}; train on larger patches, or without it")
+        check_predictions(student_shapes["out"], teacher_shapes["out"])
+        _, classes, *size = student_shapes["out"]
         self.net = self.make(classes, ndim=len(size))
 
     def scores(self, logits:Tensor, batch:Mapping) -> Tensor:
