@@ -34,28 +34,32 @@ def cache_size(x:Tensor) -> int:
     "Elements of a piece: all that stay in a processor's cache; elsewhere everything at once."
     return 2 ** 17 if x.device.type == "cpu" else max(1, x.numel())
 
-# %% ../../nbs/losses/02_divergence.ipynb #50679c40
+# %% ../../nbs/losses/02_divergence.ipynb #9971e41a
 class SummedKL(torch.autograd.Function):
     """Sum over batch and positions of KL(teacher || student), (B,K,*S) at a temperature, each
     position times its weight. Goes by pieces that fit a processor's cache and keeps nothing but its
-    gradient; no second derivative."""
+    gradients; no second derivative."""
     @staticmethod
     def forward(ctx, student, teacher, tau, elements, weight=None): # (B,1,*S)
         gradient, total = torch.empty_like(student), student.new_zeros(())
-        for s, t, g, w in pieces((student, teacher, gradient, weight), elements):
+        other = torch.empty_like(teacher) if ctx.needs_input_grad[1] else None
+        for s, t, g, h, w in pieces((student, teacher, gradient, other, weight), elements):
             if tau != 1: s, t = s / tau, t / tau
             (p_s, z_s), (p_t, z_t) = normalised(s), normalised(t)
             torch.sub(p_s, p_t, out=g)
             kl = torch.sub(t, s, out=p_s).add_(z_s - z_t).mul_(p_t)
             if w is not None: kl, _ = kl.mul_(w), g.mul_(w)
             total += kl.sum()
-        ctx.save_for_backward(gradient)
+            if h is not None: torch.sub(kl, p_t.mul_(kl.sum(1, keepdim=True)), out=h)
+        ctx.save_for_backward(gradient, other)
         ctx.tau = tau
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad): return ctx.saved_tensors[0] * (grad / ctx.tau), *[None] * 4
+    def backward(ctx, grad):
+        both = (x if x is None else x * (grad / ctx.tau) for x in ctx.saved_tensors)
+        return *both, None, None, None
 
 # %% ../../nbs/losses/02_divergence.ipynb #5560e2f2
 class SummedOdds(torch.autograd.Function):
