@@ -71,7 +71,7 @@ def items_sha256(parts:Mapping[str, Sequence], # part -> data set
             for key in sorted(item): digest.update(f"{part} {place} {key} ".encode() + as_bytes(item[key]))
     return digest.hexdigest()
 
-# %% ../../nbs/data/00_base.ipynb #b02a6ba6
+# %% ../../nbs/data/00_base.ipynb #e86289f0
 @dataclass(frozen=True)
 class Splits:
     """The three parts of a data set. `sha256` stands for its cases, their files and the options; left
@@ -87,6 +87,7 @@ class Splits:
     unit:str="px"         # of distances: "px" where the spacing is unknown, else "mm"
     origin:partial|None=None # rebuilds it in another process
     patch:tuple[int, ...]|None=None # spatial size of a training sample
+    multi_label:bool=False # label (K,*S): a mask for each class, none of them the background
 
     def __post_init__(self):
         if self.unit not in ("px", "mm"):
