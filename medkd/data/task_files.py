@@ -5,7 +5,7 @@ __all__ = ['read_files', 'image_faults', 'label_faults', 'read_case', 'check_tas
            'store_case', 'store_all', 'extents', 'split_cases', 'usual_patch', 'check_patch', 'load_task',
            'native_codes', 'say_what_is_done']
 
-# %% ../../nbs/data/25_task_files.ipynb #a5e1bb1a
+# %% ../../nbs/data/25_task_files.ipynb #f3e37560
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ from .slices import split_patients
 from .stored import Stored
 from .tasks import Case, Task
 from .volume_patches import VolumePatches, Volumes
-from .volumes import Volume, grid_fault, read_label, read_volume
+from .volumes import Volume, grid_fault, read_label, read_volume, values_of
 
 # %% ../../nbs/data/25_task_files.ipynb #1fdccd76
 def read_files(folder:Path, case:Case, channels:int # that the image shall have
@@ -35,7 +35,7 @@ def read_files(folder:Path, case:Case, channels:int # that the image shall have
         except ValueError as error: problems.append(Problem(path, "damaged", str(error)))
     return [found[path] for path in case.images if path in found], found.get(case.label), problems
 
-# %% ../../nbs/data/25_task_files.ipynb #2d6ed8ab
+# %% ../../nbs/data/25_task_files.ipynb #137afa22
 def image_faults(case:Case, images:list[Volume], channels:int) -> list[Problem]:
     "What is wrong with the channels of a case: their number, their grids, numbers that are none."
     count, problems = sum(len(image.pixels) for image in images), []
@@ -50,9 +50,7 @@ def label_faults(case:Case, image:Volume, label:Volume, task:Task) -> list[Probl
     "What is wrong with a label map: its grid, values that are no class."
     fault, problems = grid_fault(label, image), []
     if fault: problems.append(Problem(case.label, "grid", f"{fault}, those of its image {case.images[0]}"))
-    low = int(label.pixels.min())
-    values = np.flatnonzero(np.bincount(label.pixels.ravel())) if low >= 0 else np.unique(label.pixels)
-    if strange := sorted({*values.tolist()} - task.values):
+    if strange := sorted({*values_of(label.pixels).tolist()} - task.values):
         classes = ", ".join(map(str, sorted(task.values)))
         problems.append(Problem(case.label, "values", f"holds {', '.join(map(str, strange[:5]))}; the classes are {classes}"))
     return problems

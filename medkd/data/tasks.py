@@ -4,7 +4,7 @@
 __all__ = ['HIPPOCAMPUS', 'KNOWN', 'Case', 'Task', 'parse_labels', 'read_description', 'label_values', 'scanned', 'pair_of',
            'listed', 'find_msd', 'count_channels', 'find_nnunet', 'common_ending', 'patient_by']
 
-# %% ../../nbs/data/24_tasks.ipynb #3f4e4e72
+# %% ../../nbs/data/24_tasks.ipynb #8d88686a
 import json
 import re
 from collections import Counter
@@ -16,7 +16,7 @@ import numpy as np
 
 from .files import cached, checksums
 from .volume_patches import Regions
-from .volumes import ENDINGS, read_label, read_volume
+from .volumes import ENDINGS, read_label, read_volume, values_of
 
 # %% ../../nbs/data/24_tasks.ipynb #a198b400
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ def read_description(folder:Path) -> dict|None:
     except ValueError as error:
         raise ValueError(f"{path}: {error}; mend it, or remove it to have the folder scanned") from error
 
-# %% ../../nbs/data/24_tasks.ipynb #3b7773c5
+# %% ../../nbs/data/24_tasks.ipynb #eaddf6b4
 def label_values(folder:Path, labels:list[str] # relative paths of label maps
                  ) -> list[int]:
     "All values in the label maps that can be read, sorted; looked up once for the same files."
     def values(path:Path) -> np.ndarray:
-        try: return np.unique(read_label(path).pixels)
+        try: return values_of(read_label(path).pixels)
         except ValueError: return np.zeros(0, int)
     def compute(): return dict(values=np.unique(np.concatenate([[0], *(values(folder / name) for name in labels)])))
     key = "label values 1 " + " ".join(checksums(folder, labels).values())
@@ -109,16 +109,17 @@ def pair_of(case:str # hippocampus_007
     "The person of a hippocampus: both sides have the same."
     return f"person {(int(case.rpartition('_')[2]) + 1) // 2}"
 
-# %% ../../nbs/data/24_tasks.ipynb #6614867c
-def listed(folder:Path, ending:str) -> dict[str, str]: # name without the ending -> relative path
-    "Files of a folder, those that begin with a dot (archives of other systems hold some) left out."
-    return {path.name.removesuffix(ending): f"{folder.name}/{path.name}" for path in sorted(folder.glob(f"*{ending}"))
-            if not path.name.startswith(".")}
+# %% ../../nbs/data/24_tasks.ipynb #cc2a364c
+def listed(folder:Path, part:str, # a folder in it
+           ending:str) -> dict[str, str]: # name without the ending -> path relative to `folder`
+    "Files of a part, those that begin with a dot (archives of other systems hold some) left out."
+    return {path.name.removesuffix(ending): f"{part}/{path.name}"
+            for path in sorted((folder / part).glob(f"*{ending}")) if not path.name.startswith(".")}
 
 def find_msd(folder:Path) -> Task:
     "An MSD folder. FileNotFoundError without images, ValueError for a damaged dataset.json."
     about = read_description(folder)
-    images, labels = (listed(folder / part, ".nii.gz") for part in ("imagesTr", "labelsTr"))
+    images, labels = (listed(folder, part, ".nii.gz") for part in ("imagesTr", "labelsTr"))
     if about and about.get("training"): # what it lists must be there
         rows = [{key: str(row[key]).removeprefix("./") for key in ("image", "label")} for row in about["training"]]
         images = {Path(row["image"]).name.removesuffix(".nii.gz"): row["image"] for row in rows}
@@ -136,7 +137,7 @@ def count_channels(path:Path) -> int:
     try: return len(read_volume(path, channels=None).pixels)
     except (ValueError, OSError): return 1
 
-# %% ../../nbs/data/24_tasks.ipynb #78430166
+# %% ../../nbs/data/24_tasks.ipynb #1e3209ca
 def find_nnunet(folder:Path, patient:str="" # regular expression: what it matches in a case's name says whose it is
                 ) -> Task:
     "A raw folder of nnU-Net. FileNotFoundError without images, ValueError for a damaged dataset.json."
@@ -148,8 +149,8 @@ def find_nnunet(folder:Path, patient:str="" # regular expression: what it matche
         raise ValueError(f"{folder}: files end in {ending!r}; {', '.join(ENDINGS)} can be read")
     person, cases = patient_by(patient), []
     for part, role in (("Tr", ""), ("Ts", "test")):
-        labels, channels = listed(folder / f"labels{part}", ending), {}
-        for name, path in listed(folder / f"images{part}", ending).items():
+        labels, channels = listed(folder, f"labels{part}", ending), {}
+        for name, path in listed(folder, f"images{part}", ending).items():
             channels.setdefault(re.sub(r"_\d{4}$", "", name), []).append(path)
         cases += [Case(name, tuple(images), labels.get(name, f"labels{part}/{name}{ending}"), person(name), role)
                   for name, images in channels.items() if part == "Tr" or name in labels]
