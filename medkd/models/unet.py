@@ -16,21 +16,21 @@ def double_conv(in_channels:int, out_channels:int
     return nn.Sequential(conv_norm(in_channels, out_channels, 3, relu, bias=True),
                          conv_norm(out_channels, out_channels, 3, relu, bias=True))
 
-# %% ../../nbs/models/03_unet.ipynb #221509a2
+# %% ../../nbs/models/03_unet.ipynb #802b69df
 class UNetDecoder(nn.Module):
     """Up-sampling, convolution, `[skip, up]`, two convolutions.
 
-    (B,C',H,W) and the skip (B,C,2H,2W), if there is one, -> (B,C,2H,2W)."""
+    (B,C',H,W) and the skip (B,C",2H,2W), if there is one, -> (B,C,2H,2W)."""
     def __init__(self,
                  in_channels:int, # C', of the level below
                  channels:int,    # C
                  up:str,          # "bilinear" (corners not aligned) or "nearest"
-                 skip:bool):      # whether a skip connection comes in
+                 skip:int=0):     # C" of the skip connection; 0: there is none
         super().__init__()
         corners = False if up == "bilinear" else None
         resize = nn.Upsample(scale_factor=2, mode=up, align_corners=corners)
         self.up = nn.Sequential(resize, conv_norm(in_channels, channels, 3, relu, bias=True))
-        self.block = double_conv(2 * channels if skip else channels, channels)
+        self.block = double_conv(skip + channels, channels)
 
     def forward(self, x:Tensor, skip:Tensor|None=None) -> Tensor:
         up = self.up(x)
@@ -43,7 +43,7 @@ def init_kaiming(module:nn.Module): # of any kind
     if isinstance(module, nn.BatchNorm2d): nn.init.normal_(module.weight, 1., .02)
     if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)): nn.init.zeros_(module.bias)
 
-# %% ../../nbs/models/03_unet.ipynb #9eb73dd5
+# %% ../../nbs/models/03_unet.ipynb #cd4116a7
 class UNet(EncoderDecoder):
     "U-Net: (B,in_channels,H,W) -> logits (B,num_classes,H,W), H and W multiples of 16."
     levels, multiple = 4, 16
@@ -61,7 +61,8 @@ class UNet(EncoderDecoder):
         self.enc1 = double_conv(in_channels, c[0])
         for i, name in enumerate(("enc2", "enc3", "enc4", "bottleneck")):
             setattr(self, name, nn.Sequential(nn.MaxPool2d(2), double_conv(c[i], c[i + 1])))
-        for i in (4, 3, 2, 1): setattr(self, f"dec{i}", UNetDecoder(c[i], c[i - 1], up, self.skips))
+        for i in (4, 3, 2, 1):
+            setattr(self, f"dec{i}", UNetDecoder(c[i], c[i - 1], up, self.skips * c[i - 1]))
         self.head = nn.Conv2d(c[0], num_classes, 1)
         if init == "kaiming": self.apply(init_kaiming)
 

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'model_options', 'build']
 
-# %% ../../nbs/models/90_zoo.ipynb #e8352c67
+# %% ../../nbs/models/90_zoo.ipynb #6060f941
 import inspect
 from collections.abc import Callable
 
@@ -17,16 +17,21 @@ from .fanet import FANet
 from .lcovnet import LCOVNet
 from .mobile_unet import MobileUNet
 from .mobile_unet3d import MobileUNet3D
+from .raunet import RAUNet
+from .resnet18 import ResNet18
 from .resunet3d import ResUNet3D
 from .segresnet import SegResNet
 from .unet import UNet, UNetNoSkip
 from .unet3d_tiny import UNet3DTiny
+from .unet_plus_plus import UNetPlusPlus
+from .unet_resnet18 import UNetResNet18
 
-# %% ../../nbs/models/90_zoo.ipynb #c665e708
+# %% ../../nbs/models/90_zoo.ipynb #94024585
 MODELS: dict[str, Callable[..., nn.Module]] = dict(
     fanet=FANet, mobile_unet=MobileUNet, enet=ENet, erfnet=ERFNet, unet=UNet,
-    unet_noskip=UNetNoSkip, resunet3d=ResUNet3D, segresnet=SegResNet, unet3d_tiny=UNet3DTiny,
-    espnetv2_3d=ESPNetV2, mobile_unet3d=MobileUNet3D, lcovnet=LCOVNet,
+    unet_noskip=UNetNoSkip, unet_plus_plus=UNetPlusPlus, resnet18=ResNet18,
+    unet_resnet18=UNetResNet18, raunet=RAUNet, resunet3d=ResUNet3D, segresnet=SegResNet,
+    unet3d_tiny=UNet3DTiny, espnetv2_3d=ESPNetV2, mobile_unet3d=MobileUNet3D, lcovnet=LCOVNet,
 )
 
 # %% ../../nbs/models/90_zoo.ipynb #ca39ac15
