@@ -145,10 +145,10 @@ def read_volume(folder:str|Path,
         return label_map(maps.reshape(*probability.shape[:-2], *shape[1:]), threshold)
     return np.stack([one(read_prediction(folder, case)) for case in cases])
 
-# %% ../nbs/03_inference.ipynb #aedf5d4b
+# %% ../nbs/03_inference.ipynb #2dce7360
 def score_volumes(folder:str|Path,
-                  data,                 # `volumes`: name -> patient; `native(name)` -> cases, label (Z,H,W), spacing or
-                                        # None; `back` when its slices are not resized by `resize_slices`
+                  data,                 # `volumes`: name -> patient; `native(name)` -> cases, label (Z,H,W), spacing or None,
+                                        # perhaps fov (Z,H,W); `back` when its slices are not resized by `resize_slices`
                   classes:Sequence[str], metrics:Sequence[str]=ORGAN,
                   threshold:float=.5, nearest:bool=False, # see `read_volume`
                   ) -> CaseScores:
@@ -156,10 +156,13 @@ def score_volumes(folder:str|Path,
     ("px"). Of the network nothing but the files is read. TypeError for data that are not slices of volumes."""
     if not hasattr(data, "volumes"):
         raise TypeError(f"{type(data).__name__} holds no slices of volumes (no `volumes`, `native`); take score_predictions")
-    scores = CaseScores(classes, metrics)
+    scores, back = CaseScores(classes, metrics), getattr(data, "back", resize_slices)
     for name in data.volumes:
         whole = data.native(name)
-        back = getattr(data, "back", resize_slices)
-        pred = read_volume(folder, whole["cases"], whole["label"].shape, threshold, nearest, back)
-        scores.add(name, pred, whole["label"], whole["spacing"])
+        maps = dict(pred=read_volume(folder, whole["cases"], whole["label"].shape, threshold, nearest, back),
+                    label=whole["label"], mask=whole.get("fov"))
+        spacing = whole["spacing"]
+        if len(whole["cases"]) == 1:
+            maps, spacing = {key: x if x is None else x[0] for key, x in maps.items()}, spacing and spacing[1:]
+        scores.add(name, spacing=spacing, **maps)
     return scores

@@ -283,3 +283,27 @@ def write_csv(self:CaseScores, path:str|Path) -> Path:
     table.writerows(self.rows)
     write_atomic(path, text.getvalue())
     return Path(path)
+
+# %% ../nbs/01_metrics.ipynb #e7446839
+@patch
+def pooled(self:CaseScores) -> dict[str, dict[str, float]]: # class -> `Confusion.scores`
+    "Scores of the counts of all cases together, for each class. ValueError without rows."
+    if not self.rows:
+        raise ValueError("no case is scored")
+    counts = {name: np.sum([[row[c] for c in Confusion._fields] for row in self.rows
+                            if row["class"] == name], 0) for name in self.classes[1:]}
+    return {name: Confusion(*map(int, total)).scores() for name, total in counts.items()}
+
+# %% ../nbs/01_metrics.ipynb #34d75d13
+@patch
+def published(self:CaseScores,
+              metric:str # dice, or a distance; the scripts' HD95 is hd95_pooled
+              ) -> dict[str, float]: # class -> mean over the cases
+    "Means under the rules of TransUNet's test script. ValueError for a metric it does not know."
+    if metric not in self.metrics or metric not in ("dice", "hd95", "hd95_pooled", "assd"):
+        raise ValueError(f"metric {metric!r}; expected dice, hd95, hd95_pooled or assd, of those "
+                         f"scored: {', '.join(self.metrics)}")
+    ruled = [row if row["presence"] == "both" else
+             row | {metric: float(metric == "dice" and row["presence"] == "spurious")}
+             for row in self.rows]
+    return _means(ruled, "class", metric)
