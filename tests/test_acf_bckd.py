@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
 
-from medkd.core import toy_taps
+from medkd.core import Tapped, freeze, tap_shapes, toy_taps
 from medkd.losses import boundary
 from medkd.losses.acf_bckd import (ACFBCKD, AttentionCorrection, acf_bckd_weights, hard_boundary,
                                    hard_weight, soft_boundary)
+from medkd.models.zoo import build
 
 SIZES = {"2-D": (9, 7), "3-D": (6, 7, 5)}
 SIZE = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
@@ -219,10 +220,10 @@ def test_attention_correction(mine, theirs):
     module = AttentionCorrection(16, len(mine)).double()
     for parameter in module.parameters(): torch.nn.init.normal_(parameter, std=.3)
     student = torch.randn(2, 16, *mine, dtype=torch.float64)
-    out, branch = torch.randn(2, 2, 24, *theirs, dtype=torch.float64).requires_grad_()
+    out, branch = (torch.randn(2, 24, *theirs, dtype=torch.float64).requires_grad_() for _ in range(2))
     for part in (0, 1):
         assert_same(lambda s: 25000 * module(s, out, branch)[part],
-                    lambda s: 25000 * plain_correction(module, s, out, branch)[part], student,
+                    lambda s: 25000 * plain_correction(module, s, out.detach(), branch.detach())[part], student,
                     tolerance=1e-7) # torch's hard sigmoid takes 1/6 from float32
     assert all(p.grad.abs().max() > 0 for p in module.parameters())
     assert out.grad is None and branch.grad is None
@@ -292,3 +293,40 @@ def test_schedule_is_the_recurrence(step, floor, epochs, last):
         if progress: alpha = max(alpha - step, floor)
     assert hard_weight(epochs - 1, step, floor) == pytest.approx(last, abs=1e-12)
     assert weights["afd"] == weights["cfd"] == 25000
+
+
+# the networks of the paper
+TABLE = dict(unet3d_tiny=(32, 48), espnetv2_3d=(32, 48), mobile_unet3d=(16, 96), lcovnet=(16, 96), resunet3d=(64, 48), segresnet=(16, 96))
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_taps_are_the_papers(name):
+    channels, size = TABLE[name]
+    with torch.device("meta"): net = build(name, 1, 14)
+    teacher = name in ("resunet3d", "segresnet")
+    roles = ACFBCKD().needs[1] if teacher else ACFBCKD().needs[0]
+    shapes = tap_shapes(net, (1, 1, 96, 96, 96), roles)
+    assert {shape for tap, shape in shapes.items() if tap != "out"} == {(1, channels, size, size, size)}
+    assert shapes["out"] == (1, 14, 96, 96, 96)
+
+
+@pytest.mark.parametrize("name", ["resunet3d", "segresnet"])
+def test_published_residual(name):
+    "What the released hook saw: SegResNet's sum, ResU-Net's branch."
+    torch.manual_seed(0)
+    taps = Tapped(build(name, 1, 3, .125), ["decoder", "branch", "as_published"])(torch.randn(1, 1, 16, 16, 16))
+    assert torch.equal(taps["as_published"], taps["decoder" if name == "segresnet" else "branch"])
+    assert not torch.equal(taps["branch"], taps["decoder"])
+
+
+@pytest.mark.parametrize("teacher", ["resunet3d", "segresnet"])
+@pytest.mark.parametrize("student", ["unet3d_tiny", "mobile_unet3d"])
+def test_one_step_of_a_pair(student, teacher):
+    torch.manual_seed(0)
+    nets = build(student, 1, 3, .125), freeze(build(teacher, 1, 3, .125))
+    term, x = ACFBCKD(), torch.randn(2, 1, 32, 32, 32)
+    mine, theirs = (Tapped(net, names)(x) for net, names in zip(nets, term.needs))
+    term.build(*({name: tap.shape for name, tap in taps.items()} for taps in (mine, theirs)))
+    sum(losses(term, mine, theirs, dict(label=theirs["out"].argmax(1))).values()).backward()
+    assert all(p.grad.isfinite().all() for p in nets[0].parameters() if p.grad is not None)
+    assert all(p.grad.abs().max() > 0 for p in term.parameters())
