@@ -4,9 +4,9 @@
 __all__ = ['hu_window', 'resize_slices', 'prepare_scan', 'split_patients', 'without_copies', 'Slices', 'resized', 'TrainSlices',
            'jitter']
 
-# %% ../../nbs/data/08_slices.ipynb #1f19c7d4
+# %% ../../nbs/data/08_slices.ipynb #787cb860
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -122,7 +122,7 @@ def resized(image:np.ndarray, # (H,W) float32
     return dict(image=resize_slices(image[None], (size, size))[0],
                 label=resize_slices(label[None], (size, size), nearest=True)[0])
 
-# %% ../../nbs/data/08_slices.ipynb #5bea75ee
+# %% ../../nbs/data/08_slices.ipynb #5dc6cc47
 class TrainSlices(Slices):
     """Random slices for training. `sample(index, rng)` draws from `rng` alone; `self[index]` is one
     of them, always the same."""
@@ -131,7 +131,7 @@ class TrainSlices(Slices):
                  change:Callable|None=None, # (rng, image=, label=) -> both; None: `jitter`
                  patients:Mapping[str, str]|None=None): # as in `Slices`
         super().__init__(names, scans, patients=patients)
-        self.change = change or jitter
+        self.change, self.share = change or jitter, empty
         if empty is not None and not 0 <= empty < 1:
             raise ValueError(f"empty={empty}; expected a share from 0 up to, not including, 1")
         full = [scan["label"].any((1, 2)) | (empty is None) for scan in self.scans.values()]
@@ -145,6 +145,11 @@ class TrainSlices(Slices):
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} slices")
         return self.sample(index, np.random.default_rng(index))
+
+    def only(self, patients:Collection[str]) -> "TrainSlices":
+        "The slices of these patients."
+        scans = {name: scan for name, scan in self.scans.items() if self.volumes[name] in patients}
+        return TrainSlices(list(scans), list(scans.values()), self.share, self.change, self.volumes)
 
     def sample(self, index:int, rng:np.random.Generator) -> dict:
         "Slice `index` of those with foreground, or a random one without; changed a little."
