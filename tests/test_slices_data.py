@@ -1,19 +1,28 @@
 "Two-dimensional slice sets: volumes scored from stored slices; ACDC, Gastric and Synapse in official layout; unlabelled cases."
 import shutil
+from functools import partial
 from pathlib import Path
 
+import h5py
 import nibabel
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from scipy.ndimage import zoom
 
 import medkd.data as data
 from medkd.data.acdc_files import find_acdc, inspect_frame
 from medkd.data.base import data_root
+from medkd.data.semi import HalfLabelled, only_labelled, with_unlabelled
 from medkd.inference import read_prediction, read_volume, score_volumes, store_predictions
+from medkd.losses.logits import KD
+from medkd.losses.task import Seg
 from medkd.metrics import dice
 from medkd.papers import stored_scores
 from medkd.surface import hd95
+from medkd.trainers import Recipe, fit
+from medkd.trainers.loader import Places, training_loader
 
 
 @pytest.fixture(autouse=True)
@@ -255,3 +264,224 @@ def test_one_real_patient_reads_plausibly():
     assert where[1][2] < where[3][2], "the right ventricle is on the left of the picture"
     assert sorted(frames) == sorted(f"patient{n:03d}" for n in range(1, 101))
     assert all(len(own) == 2 and all(set(files) == {"image", "label"} for files in own.values()) for own in frames.values())
+
+
+# Gastric -------------------------------------------------------------------------------------------
+
+SECTIONS = [*(f"train_{k:04d}" for k in range(6)), "test_0000", "test_0001"]
+
+
+@pytest.fixture
+def sections(tmp_path):
+    data.phantom("gastric", tmp_path, SECTIONS, (64, 64))
+    return tmp_path
+
+
+def test_sections_are_in_order(sections, tmp_path):
+    splits = data.load("phantom:gastric", sections, size=64, val=.2)
+    assert found("gastric", sections) == []
+    assert [len(part) for part in (splits.train, splits.val, splits.test)] == [5, 1, 2]
+    assert (splits.unit, splits.classes, splits.patch) == ("px", ("background", "cancer"), (64, 64))
+    item = splits.test[1]
+    file = np.asarray(Image.open(sections / "Gastric/test/images/0001.png"))
+    assert np.array_equal(item["image"][0], file.astype(np.float32) / 255) and item["label"].max() <= 1
+    again = data.phantom("gastric", tmp_path / "again", SECTIONS, (64, 64))
+    assert all((again / f).read_bytes() == (sections / "Gastric" / f).read_bytes()
+               for f in (p.relative_to(again) for p in again.rglob("*.png")))
+    assert data.load("phantom:gastric", sections, size=64, val=0.).train.cases == tuple(SECTIONS[:6])
+
+
+def test_sections_are_scored_as_pictures(sections, tmp_path):
+    splits = data.load("phantom:gastric", sections, size=32, val=0.)
+    folder = store_predictions(Bright(), splits.test, tmp_path / "stored", "0", splits.sha256)
+    scores = score_volumes(folder, splits.test, splits.classes, ["dice", "accuracy", "miou", "assd"])
+    assert [(row["case"], row["unit"]) for row in scores.rows] == [("test_0000", "px"), ("test_0001", "px")]
+    pooled = scores.pooled()["cancer"]
+    assert pooled["accuracy"] == pytest.approx(np.mean([row["accuracy"] for row in scores.rows]))
+    middle = data.load("phantom:gastric", sections, size=32, val=0., crop=16)
+    cropped = score_volumes(folder, middle.test, splits.classes, ["accuracy"])
+    assert all(sum(row[c] for c in ("tp", "fp", "fn", "tn")) == 256 for row in cropped.rows)
+    assert middle.sha256 != splits.sha256 and middle.test[0]["fov"].sum() == 64
+
+
+@pytest.mark.parametrize("spoil, file, kind, text", [
+    (lambda p: p.unlink(), "train/masks/0001.png", "missing", "its partner is here: train/images/0001.png"),
+    (lambda p: p.unlink(), "train/images/0001.png", "missing", "its partner is here: train/masks/0001.png"),
+    (lambda p: p.write_bytes(p.read_bytes()[:200]), "test/images/0001.png", "damaged", "cannot be decoded"),
+    (lambda p: p.write_bytes(b""), "test/masks/0001.png", "damaged", "cannot be decoded"),
+    (lambda p: Image.open(p).crop((0, 0, 64, 60)).save(p), "train/masks/0002.png", "size", "the mask is .60, 64., its slice .64, 64."),
+    (lambda p: Image.fromarray(np.eye(64, dtype=np.uint8) * 7 + 1).save(p), "train/masks/0002.png", "values", "expected 0 and one other")])
+def test_sections_that_cannot_be_used(spoil, file, kind, text, sections):
+    spoil(sections / "Gastric" / file)
+    assert found("gastric", sections) == [(Path(file).name, kind)]
+    refused("gastric", sections, file, text)
+
+
+def test_gastric_folders(sections, tmp_path):
+    with pytest.raises(ValueError, match="val=1.0"):
+        data.load("phantom:gastric", sections, val=1.)
+    for path in (sections / "Gastric/test").rglob("0001.png"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="first test_0001"):
+        data.load("phantom:gastric", sections)
+    (tmp_path / "real/Gastric/train").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no picture for train and test .*masks/.*'phantom:gastric'"):
+        data.load("gastric", tmp_path / "real")
+    shutil.copytree(sections / "Gastric/train", tmp_path / "other/Gastric/train")
+    shutil.copytree(sections / "Gastric/train", tmp_path / "other/Gastric/test")
+    assert len(data.verify("gastric", tmp_path / "other")) == 6, "the same pictures train and test"
+    assert len(data.load("gastric", tmp_path / "other", val=0.).train) == 0
+
+
+# Synapse -------------------------------------------------------------------------------------------
+
+ABDOMENS = ["case0005", "case0006", "case0007", "case0001", "case0002"]
+
+
+@pytest.fixture(scope="session")
+def abdomens(tmp_path_factory):
+    root = tmp_path_factory.mktemp("abdomens")
+    data.phantom("synapse", root, ABDOMENS, (5, 64, 64))
+    return root
+
+
+@pytest.fixture
+def torn(abdomens, tmp_path):
+    "A copy that a test may spoil."
+    return Path(shutil.copytree(abdomens, tmp_path / "torn"))
+
+
+def test_abdomens_are_in_order(abdomens, tmp_path, capsys):
+    splits = data.load("phantom:synapse", abdomens, size=48, val=1)
+    assert found("synapse", abdomens) == [] and "wrong order" not in capsys.readouterr().out
+    assert [sorted(set(part.patients)) for part in (splits.train, splits.val, splits.test)] == [
+        ["case0005", "case0006"], ["case0007"], ["case0001", "case0002"]]
+    assert (splits.num_classes, splits.unit, len(splits.train), len(splits.test)) == (9, "px", 10, 10)
+    with h5py.File(abdomens / "Synapse/test_vol_h5/case0001.npy.h5") as file:
+        image, label = file["image"][2], file["label"][2]
+    assert image.shape == (64, 64) and 0 <= image.min() <= image.max() <= 1
+    assert np.array_equal(splits.test[2]["image"][0], zoom(image, 48 / 64, order=3))
+    assert np.array_equal(splits.test[2]["label"], zoom(label, 48 / 64, order=0))
+    again = data.phantom("synapse", tmp_path, ABDOMENS, (5, 64, 64))
+    files = [path.relative_to(again) for path in again.rglob("*") if path.is_file()]
+    assert len(files) == 3 * 5 + 2 + 3 + 1
+    assert all((again / f).read_bytes() == (abdomens / "Synapse" / f).read_bytes() for f in files)
+
+
+def test_both_orders(abdomens, capsys):
+    authors, btcv = (data.load("phantom:synapse", abdomens, size=32, val=0, order=order) for order in ("authors", "btcv"))
+    assert "sizes of order='authors', not of 'btcv'" in capsys.readouterr().out
+    assert (authors.classes[7], btcv.classes[7]) == ("spleen", "aorta") and authors.sha256 != btcv.sha256
+    with pytest.raises(KeyError, match="did you mean authors"):
+        data.load("phantom:synapse", abdomens, order="author")
+
+
+class Organs(torch.nn.Module):
+    "Nine classes from the grey value."
+    def forward(self, image):
+        return torch.cat([-(image - k / 8).abs() for k in range(9)], 1) * 40
+
+
+def test_abdomens_are_scored_per_case(abdomens, tmp_path):
+    splits = data.load("phantom:synapse", abdomens, size=48, val=0)
+    folder = store_predictions(Organs(), splits.test, tmp_path / "stored", "0", splits.sha256)
+    scores = score_volumes(folder, splits.test, splits.classes, ["dice", "hd95_pooled"], nearest=True)
+    assert [row["case"] for row in scores.rows] == ["case0001"] * 8 + ["case0002"] * 8
+    whole = splits.test.native("case0001")
+    pred = np.stack([zoom(read_prediction(folder, case).argmax(0), 64 / 48, order=0) for case in whole["cases"]])
+    assert np.array_equal(read_volume(folder, whole["cases"], whole["label"].shape, nearest=True, back=splits.test.back), pred)
+    assert scores.rows[4]["dice"] == pytest.approx(dice(pred[None], whole["label"][None].astype(int), 9)[0, 4].item())
+    assert set(scores.published("dice")) == set(splits.classes[1:])
+
+
+SLICE, VOLUME = "train_npz/case0006_slice002.npz", "test_vol_h5/case0001.npy.h5"
+
+
+def save(path, **arrays):
+    if path.suffix == ".npz":
+        return np.savez(path, **arrays)
+    with h5py.File(path, "w") as file:
+        for key, values in arrays.items():
+            file[key] = values
+
+
+blank = {SLICE: np.zeros((64, 64), np.float32), VOLUME: np.zeros((5, 64, 64), np.float32)}
+
+
+@pytest.mark.parametrize("name", [SLICE, VOLUME])
+@pytest.mark.parametrize("change, kind, text", [
+    (lambda x: dict(image=x), "damaged", "it holds image; expected image and label"),
+    (lambda x: dict(img=x, seg=x), "damaged", "it holds img, seg; expected"),
+    (lambda x: dict(image=x, label=x[..., 1:]), "size", "its label is .*63., its image .*64."),
+    (lambda x: dict(image=x[0], label=x[0]), "size", "axes"),
+    (lambda x: dict(image=x + np.nan, label=x), "values", "are not finite"),
+    (lambda x: dict(image=x - 1000, label=x), "values", "clip HU"),
+    (lambda x: dict(image=x, label=x + 13), "values", "holds .13.0., expected 0 to 8"),
+    (lambda x: dict(image=x, label=x + .5), "values", "holds .0.5., expected 0 to 8")])
+def test_files_of_another_kind(name, change, kind, text, torn):
+    save(torn / "Synapse" / name, **change(blank[name]))
+    assert found("synapse", torn) == [(Path(name).name, kind)]
+    refused("synapse", torn, name, text, "medkd verify phantom:synapse")
+
+
+@pytest.mark.parametrize("name", [SLICE, VOLUME])
+def test_truncated_and_missing_files(name, torn):
+    path = torn / "Synapse" / name
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    assert found("synapse", torn) == [(path.name, "damaged")]
+    refused("synapse", torn, name, "cannot be read")
+    path.unlink()
+    assert found("synapse", torn) == [(path.name, "missing")]
+    refused("synapse", torn, name, "a list names it")
+
+
+def test_lists(torn):
+    lists = torn / "Synapse/lists/lists_Synapse"
+    before = (lists / "train.txt").read_text()
+    (lists / "train.txt").write_text(before + "case0040_slice000\n")
+    assert found("synapse", torn) == [("case0040_slice000.npz", "missing")]
+    refused("synapse", torn, "case0040_slice000.npz", "a list names it")
+    (lists / "train.txt").write_text(before.replace("case0006_slice002\n", ""))
+    assert found("synapse", torn) == [("case0006_slice002.npz", "unexpected")]
+    for text, message in ((before + "case0001_slice000\n", "case0001 stand in train.txt and test_vol.txt"),
+                          ("case0005.npz\n", "names 'case0005.npz'; expected")):
+        (lists / "train.txt").write_text(text)
+        assert [kind for _, kind in found("synapse", torn)] == ["damaged"]
+        refused("synapse", torn, message)
+    (lists / "train.txt").unlink()
+    refused("synapse", torn, "train.txt is missing")
+
+
+# unlabelled ----------------------------------------------------------------------------------------
+
+def test_half_of_every_batch_is_unlabelled(abdomens, sections):
+    for name, root, options, labelled in (("synapse", abdomens, dict(size=32, val=0), 1), ("gastric", sections, dict(size=32, val=0.), .4)):
+        load = partial(data.load, f"phantom:{name}", root, **options)
+        splits = with_unlabelled(load, labelled)
+        alone = only_labelled(load, labelled)
+        few = set(alone.train.patients)
+        assert len(few) == (labelled if isinstance(labelled, int) else round(labelled * len(set(splits.train.patients))))
+        for batch in training_loader(Places(splits.train, 4, seed=1, start=0, total=6), workers=0):
+            assert batch["labelled"].tolist().count(True) == 2
+            assert all((case.partition("_slice")[0] in few) == kept for case, kept in zip(batch["case"], batch["labelled"].tolist()))
+            assert all(((label >= 0).all() if kept else (label == -1).all()) for label, kept in zip(batch["label"], batch["labelled"]))
+        assert splits.origin().sha256 == splits.sha256 != alone.sha256
+        with pytest.raises(ValueError, match="leaves none unlabelled"):
+            with_unlabelled(load, 1.)
+
+
+def test_processes_share_both_halves():
+    toy = [dict(image=torch.zeros(1, 4, 4), label=torch.zeros(4, 4).long(), case=f"{i}") for i in range(9)]
+    train = HalfLabelled(toy[:2], toy[2:])
+    parts = [list(Places(train, 8, 0, 0, 3, rank, 2)) for rank in range(2)]
+    assert all([index < 7 for _, index in batch].count(True) == 2 for part in parts for batch in part)
+
+
+def test_unlabelled_images_train_and_repeat(sections, tmp_path):
+    splits = with_unlabelled(partial(data.load, "phantom:gastric", sections, size=16, val=0.), .4)
+    net = partial(torch.nn.Conv2d, 1, 2, 3, padding=1)
+    recipe = Recipe(data=splits, student=net, teacher=net(), terms=(Seg, KD), weights=dict(seg=1, kd=1), steps=6, batch_size=4)
+    whole = fit(recipe, tmp_path / "whole")
+    rows = [row["losses"] for row in whole.metrics("train")]
+    assert rows and all(row["kd"] > 0 and row["seg"] > 0 for row in rows)
+    assert fit(recipe, tmp_path / "again").sha256 == whole.sha256

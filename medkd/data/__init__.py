@@ -4,7 +4,7 @@
 __all__ = ['DATASETS', 'PHANTOM_VERSION', 'lookup', 'phantom', 'present', 'real_folder', 'phantom_folder', 'find',
            'check_options', 'load', 'verify']
 
-# %% ../../nbs/data/90_data.ipynb #b8e8310a
+# %% ../../nbs/data/90_data.ipynb #e61c6112
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,10 +18,12 @@ from .fetch import download, read_manifest
 from .files import content_sha256, read_marker, staged, write_marker
 from .gastric import SOURCES as GASTRIC
 from .liver import SOURCES as LIVERS
+from .synapse import SOURCES as SYNAPSE
 from .vessels import SOURCES as VESSELS
 
-# %% ../../nbs/data/90_data.ipynb #b0020c9e
-DATASETS:dict[str, Source] = {source.name: source for source in (*VESSELS, *LIVERS, *ACDC, *GASTRIC)}
+# %% ../../nbs/data/90_data.ipynb #ed66d290
+DATASETS:dict[str, Source] = {source.name: source for source in (
+    *VESSELS, *LIVERS, *ACDC, *GASTRIC, *SYNAPSE)}
 
 # %% ../../nbs/data/90_data.ipynb #da238234
 def lookup(name:str # "chasedb1", "phantom:chasedb1", or "phantom": the twin of the first set

@@ -19,7 +19,7 @@ from .liver_files import check_mask
 from .slices import Slices, TrainSlices, resized, without_copies
 from .tissue import tissue
 
-# %% ../../nbs/data/16_gastric.ipynb #f74144c7
+# %% ../../nbs/data/16_gastric.ipynb #8d2b6e61
 def find_gastric(folder:Path) -> dict[str, dict[str, str]]: # part_name -> role -> path
     "Pictures by part and name: `image` and `label`, either of which may be absent."
     found = {}
@@ -28,7 +28,7 @@ def find_gastric(folder:Path) -> dict[str, dict[str, str]]: # part_name -> role 
             for path in sorted((folder / part / place).glob("*.png")):
                 name = str(path.relative_to(folder))
                 found.setdefault(f"{part}_{path.stem}", {})[role] = name
-    return dict(sorted(found.items(), reverse=True))
+    return found
 
 # %% ../../nbs/data/16_gastric.ipynb #5db4b5cf
 def inspect_picture(folder:Path, files:Mapping[str, str] # role -> path

@@ -43,14 +43,14 @@ class Chosen:
 
     def __getitem__(self, index:int) -> dict: return self.data[self.places[index]]
 
-# %% ../../nbs/data/19_semi.ipynb #b6712161
+# %% ../../nbs/data/19_semi.ipynb #3c80cada
 def of_patients(data, # a training set
                 patients:Collection[str]):
     "The part of a training set that belongs to these patients. TypeError when it cannot be told."
     if hasattr(data, "only"): return data.only(set(patients))
     if len(getattr(data, "patients", ())) != len(data) or hasattr(data, "sample"):
-        raise TypeError(f"{type(data).__name__} does not tell whose its items are: it needs a method "
-                        "only(patients), or one name in `patients` for each item")
+        raise TypeError(f"{type(data).__name__} does not tell whose its items are: it needs a "
+                        "method only(patients), or one name in `patients` for each item")
     return Chosen(data, [i for i, patient in enumerate(data.patients) if patient in patients])
 
 # %% ../../nbs/data/19_semi.ipynb #f4b49587
@@ -100,7 +100,7 @@ class HalfLabelled:
         if k: item = item | dict(label=torch.full_like(item["label"], -1))
         return item | dict(labelled=k == 0)
 
-# %% ../../nbs/data/19_semi.ipynb #8be57deb
+# %% ../../nbs/data/19_semi.ipynb #42a8c15a
 def with_unlabelled(splits:Splits|Callable[[], Splits], # or what makes them
                     labelled:int|float, # training patients that keep their labels, or their share
                     seed:int=0) -> Splits:
@@ -108,15 +108,15 @@ def with_unlabelled(splits:Splits|Callable[[], Splits], # or what makes them
     return _semi(with_unlabelled, HalfLabelled, splits, labelled, seed)
 
 def only_labelled(splits:Splits|Callable[[], Splits], labelled:int|float, seed:int=0) -> Splits:
-    "The splits with the labelled patients of `with_unlabelled` alone: for the teacher, and to compare."
+    "The splits with the labelled patients of `with_unlabelled` alone: for a teacher, to compare."
     return _semi(only_labelled, lambda few, rest: few, splits, labelled, seed)
 
-# %% ../../nbs/data/19_semi.ipynb #fa6040b7
+# %% ../../nbs/data/19_semi.ipynb #edd52856
 def _semi(again:Callable, combine:Callable, splits, labelled, seed) -> Splits:
     "The splits with `combine(labelled part, unlabelled part)` to train on; `again` remakes them."
     if not isinstance(splits, Splits): splits = splits()
     few, rest = choose_labelled(splits.train.patients, labelled, seed)
     train = combine(of_patients(splits.train, few), of_patients(splits.train, rest))
-    about = f"{splits.sha256} {again.__name__} 1 {few}"
+    about = hashlib.sha256(f"{splits.sha256} {again.__name__} 1 {few}".encode())
     origin = splits.origin and partial(again, splits.origin, labelled, seed)
-    return replace(splits, train=train, origin=origin, sha256=hashlib.sha256(about.encode()).hexdigest())
+    return replace(splits, train=train, origin=origin, sha256=about.hexdigest())
