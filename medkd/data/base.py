@@ -183,7 +183,7 @@ class Archive:
     name:str            # it is kept under while it is unpacked
     sha256:str|None=None # None: only what was unpacked can be checked
 
-# %% ../../nbs/data/00_base.ipynb #651a9834
+# %% ../../nbs/data/00_base.ipynb #2814b1b6
 @dataclass(frozen=True)
 class Source:
     "A data set that can be loaded: where it comes from and the functions that read and imitate it."
@@ -200,3 +200,4 @@ class Source:
     size:tuple[int, ...]       # of the phantom twin's images
     archives:tuple[Archive, ...]=() # that may be downloaded, when the licence is open
     manifest:str|None=None     # json in medkd/data: file -> sha256, of the published files
+    named_by:str|None=None     # option of `load` that names another folder than `folder`
