@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'PHANTOM_VERSION', 'lookup', 'phantom', 'present', 'real_folder', 'phantom_folder', 'find',
-           'check_options', 'load', 'verify']
+           'check_options', 'with_folder', 'load', 'verify']
 
-# %% ../../nbs/data/90_data.ipynb #e61c6112
+# %% ../../nbs/data/90_data.ipynb #8450412d
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,17 +20,20 @@ from .gastric import SOURCES as GASTRIC
 from .liver import SOURCES as LIVERS
 from .synapse import SOURCES as SYNAPSE
 from .vessels import SOURCES as VESSELS
+from .volume_sets import SOURCES as VOLUMES
 
-# %% ../../nbs/data/90_data.ipynb #ed66d290
+# %% ../../nbs/data/90_data.ipynb #8c4f53a0
 DATASETS:dict[str, Source] = {source.name: source for source in (
-    *VESSELS, *LIVERS, *ACDC, *GASTRIC, *SYNAPSE)}
+    *VESSELS, *LIVERS, *ACDC, *GASTRIC, *SYNAPSE, *VOLUMES)}
 
-# %% ../../nbs/data/90_data.ipynb #da238234
-def lookup(name:str # "chasedb1", "phantom:chasedb1", or "phantom": the twin of the first set
+# %% ../../nbs/data/90_data.ipynb #64b26597
+def lookup(name:str # "chasedb1", "phantom:chasedb1", "msd:Task09_Spleen", or "phantom": the twin of the first
            ) -> tuple[Source, bool]: # the data set; whether its twin is meant
     "The entry of a data set. KeyError with near matches."
     kind, _, real = str(name).partition(":")
     key = (real or next(iter(DATASETS))) if kind == "phantom" else name
+    if kind in DATASETS and real and DATASETS[kind].named_by:
+        return replace(DATASETS[kind], folder=str(Path(real).expanduser())), False
     if key not in DATASETS:
         raise unknown("data set", name, [*DATASETS, *(f"phantom:{known}" for known in DATASETS)])
     return DATASETS[key], kind == "phantom"
@@ -121,19 +124,31 @@ def check_options(source:Source, options:dict):
             raise TypeError(f"{source.name}: {name}={value!r} is a {type(value).__name__}; "
                             f"expected {type(known[name]).__name__}, like {known[name]!r}")
 
-# %% ../../nbs/data/90_data.ipynb #02cf248a
+# %% ../../nbs/data/90_data.ipynb #b30aba64
+def with_folder(name:str, options:dict) -> tuple[str, dict]: # "msd", dict(task="Task09_Spleen") -> "msd:Task09_Spleen", {}
+    "The name of a data set with the folder that an option names, and the other options."
+    source, twin = lookup(name)
+    if source.named_by not in options: return name, options
+    folder = options[source.named_by]
+    if twin or not isinstance(folder, (str, Path)):
+        raise TypeError(f"{name}: {source.named_by}={folder!r}; expected the name of a folder, and none for a twin")
+    return f"{source.name}:{folder}", {key: value for key, value in options.items() if key != source.named_by}
+
+# %% ../../nbs/data/90_data.ipynb #b4635d89
 def load(name:str,    # "chasedb1", "phantom:chasedb1", "phantom"
          root:str|Path|None=None, # see `data_root`; for a phantom: where a twin was written by hand
          **options    # of that data set's loader
          ) -> Splits:
     """The splits of a data set. KeyError, FileNotFoundError, TypeError or ValueError, each once and
     with the way out: unknown name; absent or half-copied; wrong option; damaged file."""
+    name, options = with_folder(name, options)
     check_options(lookup(name)[0], options)
     source, folder, cases = find(name, root)
     splits = source.loader(folder, cases=cases, **options)
-    return replace(splits, name=f"phantom-{source.name}" if cases else source.name,
-                   phantom=cases is not None,
-                   origin=partial(load, name, root=str(folder.parent), **options))
+    title = f"{source.name}-{folder.name}" if source.named_by and not cases else source.name
+    home = folder.parents[len(Path(source.folder).parts) - 1] if cases else data_root(root)
+    return replace(splits, name=f"phantom-{title}" if cases else title, phantom=cases is not None,
+                   origin=partial(load, name, root=str(home), **options))
 
 # %% ../../nbs/data/90_data.ipynb #4a9263ca
 def verify(name:str, root:str|Path|None=None # as in `load`
