@@ -237,7 +237,7 @@ class CaseScores:
         import pandas
         return pandas.DataFrame(self.rows)
 
-# %% ../nbs/01_metrics.ipynb #f476871b
+# %% ../nbs/01_metrics.ipynb #d6fd58f8
 @patch
 def add(self:CaseScores,
     case:str, # a name of its own
@@ -261,15 +261,42 @@ def add(self:CaseScores,
     small = torch.uint8 if len(self.classes) <= 256 else torch.int64
     pred, label = pred.to(small).numpy(), label.to(small).numpy()
     for k, counts in enumerate(per_class, start=1):
-        found = counts.scores()
-        if set(self.metrics) & set(SURFACE):
-            found |= surface_scores(pred == k, label == k, spacing, self.tolerance, self.empty)
-        if "auc" in self.metrics:
-            found["auc"] = auc(score, label, mask)
+        extra = {"auc": auc(score, label, mask)} if "auc" in self.metrics else {}
+        found = self.class_scores(counts, pred == k, label == k, spacing) | extra
         rows.append({"case": case, "class": self.classes[k], "unit": unit,
                      "presence": _presence(counts),
                      **{m: found[m] for m in self.metrics}, **counts._asdict()})
     self.rows += rows
+
+@patch
+def class_scores(self:CaseScores, counts:Confusion, pred:np.ndarray, label:np.ndarray, # (*S) bool
+                 spacing:Sequence[float]|None) -> dict[str, float]:
+    "The scores of one class; those of surfaces where they are asked for."
+    if not set(self.metrics) & set(SURFACE):
+        return counts.scores()
+    return counts.scores() | surface_scores(pred, label, spacing, self.tolerance, self.empty)
+
+# %% ../nbs/01_metrics.ipynb #ae2c9c89
+@patch
+def add_masks(self:CaseScores,
+    case:str, # a name of its own
+    pred:Tensor|np.ndarray, # (K,*S) bool, one mask for each class but the background
+    label:Tensor|np.ndarray, # (K,*S) bool or 0/1
+    spacing:Sequence[float]|None=None, # voxel size per axis in mm; None: unknown, unit "px"
+) -> None:
+    "Score one case whose classes may overlap. ValueError as in `add`, and for another number of masks."
+    if any(row["case"] == case for row in self.rows):
+        raise ValueError(f"case {case!r} is scored already: names must be unique")
+    pred, label = as_masks(pred, label)
+    if len(pred) != len(self.classes) - 1 or "auc" in self.metrics:
+        raise ValueError(f"case {case!r}: {len(pred)} masks for the classes {tuple(self.classes[1:])}; "
+                         "expected one for each, and no 'auc'")
+    for name, one, truth in zip(self.classes[1:], pred, label):
+        counts = confusion(one, truth)
+        found = self.class_scores(counts, one, truth, spacing)
+        self.rows.append({"case": case, "class": name, "unit": "px" if spacing is None else "mm",
+                          "presence": _presence(counts),
+                          **{m: found[m] for m in self.metrics}, **counts._asdict()})
 
 # %% ../nbs/01_metrics.ipynb #9685d199
 @patch
