@@ -4,8 +4,8 @@
 __all__ = ['EVALUATIONS', 'Axis', 'axes_between', 'along', 'native_labels', 'empty_labels', 'chunks', 'fill', 'to_bits',
            'from_bits', 'store_labels', 'read_labels', 'score_labels', 'published_mean']
 
-# %% ../nbs/03_native.ipynb #dba28421
-from collections.abc import Callable, Iterable, Sequence
+# %% ../nbs/03_native.ipynb #beb75043
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
