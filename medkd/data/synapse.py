@@ -169,10 +169,10 @@ def load_synapse(folder:Path,          # in TransUNet's layout
     return Splits("synapse", train, whole["val"], whole["test"], ("background", *ORDERS[order]),
                   fingerprint(split, sums, dict(size=size, order=order)), patch=(size, size))
 
-# %% ../../nbs/data/18_synapse.ipynb #4cf482d9
+# %% ../../nbs/data/18_synapse.ipynb #7b0d20e0
 SOURCES = (
     Source("synapse", title="Synapse (TransUNet's files)", folder="Synapse", loader=load_synapse,
-           checker=check_synapse, writer=write_synapse, cases=TRAIN[:10] + TEST[:4],
+           checker=check_synapse, writer=write_synapse, cases=TRAIN[:12] + TEST[:4],
            size=(20, 128, 128), task="eight abdominal organs in axial CT slices, 9 classes",
            page="https://github.com/Beckschen/TransUNet",
            terms="from TransUNet's authors on request, not to be passed on"),)

@@ -52,12 +52,12 @@ def glands(rng:np.random.Generator, shape:tuple[int, int],
             lumen |= away < (.55 * radius) ** 2
     return np.concatenate(nuclei), lumen
 
-# %% ../../nbs/data/15_tissue.ipynb #6a307ea2
+# %% ../../nbs/data/15_tissue.ipynb #6ec9cfa6
 def tissue(rng:np.random.Generator, shape:tuple[int, int] # (H,W), square
            ) -> tuple[np.ndarray, np.ndarray]: # image (H,W) uint8 and label (H,W) uint8: 1 cancer
-    "One section; a fifth of them are without cancer."
+    "One section; an eighth of them are without cancer."
     from scipy.ndimage import gaussian_filter
-    unit, share = shape[0] / 256, rng.choice([0, 1], p=[.2, .8]) * rng.uniform(.08, .6)
+    unit, share = shape[0] / 256, rng.choice([0, 1], p=[.12, .88]) * rng.uniform(.1, .6)
     cancer = region(rng, shape, share)
     inflamed = region(rng, shape, rng.uniform(.03, .2)) & ~cancer
     lining, lumen = glands(rng, shape, ~cancer & ~inflamed)
@@ -66,8 +66,8 @@ def tissue(rng:np.random.Generator, shape:tuple[int, int] # (H,W), square
         places = rng.uniform(0, shape, (int(count), 2))
         return places[where[tuple(places.astype(int).T)]]
 
-    crowd, calm = rng.uniform(.5, 1), rng.uniform(400, 1900)
-    image = 188 + 9 * haze(rng, shape, 5) + 8 * haze(rng, shape, 48) - 9 * cancer
+    crowd, calm = rng.uniform(.6, 1), rng.uniform(300, 1300)
+    image = 188 + 9 * haze(rng, shape, 5) + 8 * haze(rng, shape, 48) - 12 * cancer
     image[lumen & ~cancer] = 226
     depth = rng.uniform(60, 110)
     for places, radius, dark in (
