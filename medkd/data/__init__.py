@@ -4,7 +4,7 @@
 __all__ = ['DATASETS', 'PHANTOM_VERSION', 'lookup', 'phantom', 'present', 'real_folder', 'phantom_folder', 'find',
            'check_options', 'with_folder', 'load', 'verify']
 
-# %% ../../nbs/data/90_data.ipynb #8450412d
+# %% ../../nbs/data/90_data.ipynb #3edaf5cf
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +22,7 @@ from .synapse import SOURCES as SYNAPSE
 from .vessels import SOURCES as VESSELS
 from .volume_sets import SOURCES as VOLUMES
 
-# %% ../../nbs/data/90_data.ipynb #8c4f53a0
+# %% ../../nbs/data/90_data.ipynb #316d426d
 DATASETS:dict[str, Source] = {source.name: source for source in (
     *VESSELS, *LIVERS, *ACDC, *GASTRIC, *SYNAPSE, *VOLUMES)}
 
@@ -38,8 +38,8 @@ def lookup(name:str # "chasedb1", "phantom:chasedb1", "msd:Task09_Spleen", or "p
         raise unknown("data set", name, [*DATASETS, *(f"phantom:{known}" for known in DATASETS)])
     return DATASETS[key], kind == "phantom"
 
-# %% ../../nbs/data/90_data.ipynb #1d1f653e
-PHANTOM_VERSION = 1 # of the generators: another number, other twins
+# %% ../../nbs/data/90_data.ipynb #7011fd37
+PHANTOM_VERSION = 2 # of the generators: another number, other twins
 
 # %% ../../nbs/data/90_data.ipynb #ff0bd6d6
 def phantom(name:str,
