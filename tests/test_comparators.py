@@ -1,11 +1,18 @@
 """The comparators of ACF-BCKD against their equations as published, written out in float64."""
+import os
 from functools import partial
 
 import pytest
 import torch
+import torch.distributed
 import torch.nn.functional as F
+import toy
 
+from medkd.losses.at import AT, at
+from medkd.losses.cirkd import CIRKD, ClassQueue, Memory, SimilarityKL, minibatch, pooled, units
+from medkd.losses.ifvd import IFVD, ifvd
 from medkd.losses.logits import (DKD, NKD, cwd, dist, dkd, kd_kl, kd_sigmoid_mse, nkd)
+from medkd.losses.task import class_masks
 
 SHAPES = [(2, 2, 6, 5), (2, 4, 5, 4, 6)]
 
@@ -153,7 +160,7 @@ def test_dkd_masks_what_no_subtraction_masks():
     torch.testing.assert_close(dkd(student, teacher, label, alpha=0., beta=1.), others)
 
 
-@pytest.mark.parametrize("cls", [DKD, NKD])
+@pytest.mark.parametrize("cls", [DKD, NKD, IFVD])
 def test_only_labelled_anchors_count(cls):
     term, student, teacher, batch = cls.example(3, 3)
     name, = term.names
@@ -162,3 +169,249 @@ def test_only_labelled_anchors_count(cls):
     torch.testing.assert_close(sum(one) / 2, both)
     none = term(student, teacher, batch | dict(labelled=torch.tensor([0, 0])), frozenset(term.names))[name]
     assert none == 0 and none.requires_grad
+
+
+# features
+def feature(channels, size, seed):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(2, channels, *size, generator=rng, dtype=torch.float64)
+
+
+def blocks(size, classes=4, seed=0):
+    "A label (2,*size) of 2-blocks, all classes there, with one value beyond them."
+    coarse = torch.randint(-1, classes, (2, *(-(-n // 2) for n in size)), generator=torch.Generator().manual_seed(seed))
+    coarse.view(2, -1)[:, :classes] = torch.arange(classes)
+    for axis, n in enumerate(size, 1): coarse = coarse.repeat_interleave(2, axis).narrow(axis, 0, n)
+    return coarse
+
+
+PAIRS = {"2-D": ((6, 8), (6, 8)), "2-D, larger teacher": ((6, 8), (12, 16)), "3-D": ((4, 6, 4), (4, 6, 4)),
+         "3-D, smaller teacher": ((4, 6, 8), (2, 3, 4))}
+SIZES = pytest.mark.parametrize("size,other", PAIRS.values(), ids=PAIRS)
+
+
+def plain_attention(student, teacher):
+    def energy(x):
+        x = F.interpolate(x, student.shape[2:], mode="nearest").square().mean(1).flatten(1)
+        return x / x.norm(dim=1, keepdim=True)
+    return (energy(student) - energy(teacher)).square().mean()
+
+
+@SIZES
+def test_at(size, other):
+    student, teacher = feature(5, size, 0), feature(3, other, 1)
+    assert_same(lambda s: at(s, teacher), lambda s: plain_attention(s, teacher), student)
+
+
+def test_at_sums_the_seven_pairs_of_the_paper():
+    names = ("e1", "e2", "e3", "e4", "d3", "d2", "out")
+    taps = [{name: feature(3 + i, (6, 8), 10 * j + i) for i, name in enumerate(names)} for j in (0, 1)]
+    total = AT(names)(*taps, {}, frozenset(["at"]))["at"]
+    torch.testing.assert_close(total, sum(plain_attention(taps[0][name], taps[1][name]) for name in names))
+
+
+def plain_similarity(x, label, classes):
+    centres = x.clone()
+    for b in range(len(x)):
+        for k in range(classes):
+            here = label[b] == k
+            if here.any(): centres[b][:, here] = (x[b][:, here].sum(1) / (here.sum() + 1e-6))[:, None]
+    return F.cosine_similarity(x, centres, dim=1)
+
+
+def plain_ifvd(student, teacher, label, classes):
+    teacher = F.interpolate(teacher, student.shape[2:], mode="nearest")
+    label = F.interpolate(label[:, None].double(), student.shape[2:], mode="nearest")[:, 0]
+    return (plain_similarity(student, label, classes) - plain_similarity(teacher, label, classes)).square().mean()
+
+
+@SIZES
+def test_ifvd(size, other):
+    student, teacher, label = feature(5, size, 0), feature(7, other, 1), blocks([2 * n for n in size])
+    assert_same(lambda s: ifvd(s, teacher, label, 4), lambda s: plain_ifvd(s, teacher, label, 4), student)
+    assert_same(lambda s: ifvd(s, teacher, label, 2), lambda s: plain_ifvd(s, teacher, label, 2), student)
+
+
+def test_ifvd_in_float32():
+    student, teacher, label = feature(5, (4, 6, 4), 0), feature(7, (4, 6, 4), 1), blocks((4, 6, 4))
+    assert_same(lambda s: ifvd(s, teacher.to(s.dtype), label, 4), lambda s: plain_ifvd(s, teacher, label, 4), student, torch.float32)
+
+
+def test_ifvd_of_overlapping_classes():
+    student, teacher = feature(5, (6, 8), 0), feature(5, (6, 8), 1)
+    masks = feature(3, (6, 8), 2) > 0
+    parts = lambda s, t, i: plain_ifvd(s, t, masks[:, i].long() - 1, 1) # the mask is class 0, the rest of no class
+    assert_same(lambda s: ifvd(s, teacher, masks.long(), 3), lambda s: sum(parts(s, teacher, i) for i in range(3)) / 3, student)
+    value, gradient = value_and_gradient(lambda s: ifvd(s, teacher, masks, 3, one_channel=True), student)
+    alone = sum(parts(student[:, i:i + 1], teacher[:, i:i + 1], i) for i in range(3)) / 3
+    torch.testing.assert_close(value, alone)
+    assert value > .01 and gradient.abs().max() < 1e-9
+
+
+def test_dead_features_have_finite_gradients():
+    label, dead = blocks((4, 4)), torch.zeros(2, 3, 4, 4)
+    for loss in (lambda s: ifvd(s, feature(3, (4, 4), 1).float(), label, 4), lambda s: minibatch(s, feature(3, (4, 4), 1).float()),
+                 lambda s: at(s, dead)):
+        value, gradient = value_and_gradient(loss, dead)
+        assert value.isfinite() and gradient.isfinite().all()
+
+
+# CIRKD
+def plain_units(x):
+    pool = {4: F.avg_pool2d, 5: F.avg_pool3d}[x.ndim]
+    return F.normalize(pool(x, 2, 2, ceil_mode=True), dim=1).flatten(2)
+
+
+def plain_minibatch(student, teacher, tau=1.):
+    x, y = plain_units(student), plain_units(F.interpolate(teacher, student.shape[2:], mode="nearest"))
+    parts = [kl((x[i].T @ x[j] / tau).log_softmax(1), (y[i].T @ y[j] / tau).softmax(1)) for i in range(len(x)) for j in range(len(x))]
+    return sum(parts) / len(x) ** 2 / x.shape[2]
+
+
+@pytest.mark.parametrize("tau", [1., .3])
+@SIZES
+def test_minibatch(size, other, tau):
+    student, teacher = feature(5, size, 0), feature(7, other, 1)
+    assert_same(lambda s: minibatch(s, teacher, tau), lambda s: plain_minibatch(s, teacher, tau), student)
+
+
+def test_minibatch_of_odd_sizes_in_float32():
+    student, teacher = feature(16, (7, 5, 6), 0), feature(24, (7, 5, 6), 1)
+    assert_same(lambda s: minibatch(s, teacher.to(s.dtype)), lambda s: plain_minibatch(s, teacher), student, torch.float32)
+
+
+def test_chunks_of_the_pairwise_map_change_nothing():
+    x, y = units(feature(5, (40,), 0)), units(feature(7, (40,), 1))
+    assert_same(lambda x: SimilarityKL.apply(x, y, .5, 1), lambda x: SimilarityKL.apply(x, y, .5, 2 ** 20), x)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        SimilarityKL.apply(x.requires_grad_(), y, .5, 1)
+    assert kept == [x.shape]
+
+
+def published(**options):
+    "CIRKD on 4 classes, 5 and 7 channels, whose memory compares with all that the queues hold."
+    torch.manual_seed(0)
+    term = CIRKD(pixels=40, regions=40, sampled=40, **options)
+    term.build(dict(out=(2, 4, 8, 8), head_in=(2, 5, 8, 8)), dict(head_in=(2, 7, 8, 8)))
+    return term.double()
+
+
+def run(term, student, teacher, label, active=("minibatch", "pixel", "region")):
+    return term(dict(head_in=student, out=torch.zeros(2, 4)), dict(head_in=teacher), dict(label=label), frozenset(active))
+
+
+def test_memory_is_the_divergence_to_what_the_queues_hold():
+    term, student, teacher, label = published(), feature(5, (8, 8), 0), feature(7, (8, 8), 1), blocks((8, 8))
+    found = run(term, student, teacher, label)
+    torch.testing.assert_close(found["minibatch"], plain_minibatch(student, teacher))
+    x, y = F.normalize(term.memory.project(pooled(student)), dim=1), plain_units(teacher)
+    foreground = (label[:, ::2, ::2] > 0).flatten(1)
+    x, y = x.transpose(1, 2)[foreground], y.transpose(1, 2)[foreground]
+    for name, queue in (("pixel", term.memory.pixel), ("region", term.memory.region)):
+        keys = queue.queue.flatten(0, 1).T
+        expected = kl((x @ keys / .1).log_softmax(1), (y @ keys / .1).softmax(1)) / len(x)
+        torch.testing.assert_close(found[name], expected)
+
+
+def stored(queue, k): return queue.queue[k, :queue.next[k]]
+
+
+def is_among(rows, of): return (rows[:, None] - of).abs().amax(2).amin(1) < 1e-12
+
+
+def test_keys_are_the_teachers_vectors_of_the_class():
+    term, teacher, label = published(), feature(7, (8, 8), 1), blocks((8, 8))
+    first = term.memory.pixel.queue.clone()
+    run(term, feature(5, (8, 8), 0), teacher, label)
+    y, small = plain_units(teacher).transpose(1, 2), label[:, ::2, ::2].flatten(1)
+    for k in (1, 2, 3):
+        there = [y[b][small[b] == k] for b in (0, 1)]
+        means = torch.stack([F.normalize(rows.mean(0), dim=0) for rows in there])
+        torch.testing.assert_close(stored(term.memory.region, k), means)
+        assert len(stored(term.memory.pixel, k)) == sum(min(16, len(rows)) for rows in there)
+        assert is_among(stored(term.memory.pixel, k), torch.cat(there)).all()
+    assert torch.equal(term.memory.pixel.queue[0], first[0]) and not term.memory.pixel.next[0]
+    as_released = published(positions_by_rank=True)
+    run(as_released, feature(5, (8, 8), 0), teacher, label)
+    assert not all(is_among(stored(as_released.memory.pixel, k), y[small == k]).all() for k in (1, 2, 3))
+
+
+def test_no_more_than_16_pixels_of_a_class():
+    term, label = published(), torch.ones(2, 12, 12, dtype=torch.long)
+    run(term, feature(5, (12, 12), 0), feature(7, (12, 12), 1), label)
+    assert term.memory.pixel.next.tolist() == [0, 32, 0, 0] and term.memory.region.next.tolist() == [0, 2, 0, 0]
+
+
+def test_without_foreground_memory_is_zero():
+    term, student = published(), feature(5, (8, 8), 0).requires_grad_()
+    found = run(term, student, feature(7, (8, 8), 1), torch.zeros(2, 8, 8, dtype=torch.long))
+    assert found["pixel"] == found["region"] == 0
+    sum(found.values()).backward()
+    assert student.grad.isfinite().all() and all(not p.grad.any() for p in term.parameters())
+    unlabelled = dict(label=torch.ones(2, 8, 8).long(), labelled=torch.zeros(2))
+    none = term(dict(head_in=student, out=None), dict(head_in=student), unlabelled, frozenset(["pixel"]))["pixel"]
+    assert none == 0 and none.requires_grad
+
+
+def test_only_the_first_image_with_itself():
+    term, student, teacher, label = published(first_only=True), feature(5, (8, 8), 0), feature(7, (8, 8), 1), blocks((8, 8))
+    found = run(term, student, teacher, label, ["minibatch"])
+    assert list(found) == ["minibatch"]
+    torch.testing.assert_close(found["minibatch"], plain_minibatch(student[:1], teacher[:1]))
+
+
+def test_overlapping_classes_have_no_memory():
+    masks = feature(4, (8, 8), 2) > 0
+    with pytest.raises(ValueError, match="memory=False"): run(published(), feature(5, (8, 8), 0), feature(7, (8, 8), 1), masks)
+    term = CIRKD(memory=False)
+    term.build(dict(head_in=(2, 5, 8, 8)), dict(head_in=(2, 7, 8, 8)))
+    assert list(run(term, feature(5, (8, 8), 0), feature(7, (8, 8), 1), masks)) == ["minibatch"] == list(term.names)
+
+
+def test_a_group_that_does_not_fit_goes_to_the_end():
+    queue, rows = ClassQueue(2, 5, 2), torch.arange(6.).view(3, 2)
+    queue.push([1], [rows], rows)
+    queue.push([1], [10 + rows], rows)
+    assert torch.equal(queue.queue[1], torch.cat([rows[:2], 10 + rows])) and queue.next.tolist() == [0, 0]
+
+
+def test_queues_are_part_of_the_state():
+    names = set(published().state_dict())
+    assert {f"memory.{queue}.{part}" for queue in ("pixel", "region") for part in ("queue", "next")} <= names
+
+
+def example_of(rank):
+    "What a process sees: pooled features of student and teacher, masks; no image on process 2."
+    rng = torch.Generator().manual_seed(rank)
+    images = 0 if rank == 2 else 1
+    label = torch.randint(0, 3, (images, 12), generator=rng)
+    return (torch.randn(images, 3, 12, generator=rng), units(torch.randn(images, 4, 12, generator=rng)), class_masks(label, 3, (12,)))
+
+
+def remember(*examples):
+    "The state of a memory after two steps on these."
+    torch.manual_seed(0)
+    memory = Memory(3, 4, 3, pixels=30, regions=6, sampled=4)
+    for _ in range(2): memory(*map(torch.cat, zip(*examples)))
+    return memory.state_dict()
+
+
+def remember_on(rank, folder):
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=3)
+    torch.save(remember(example_of(rank)), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_queues_hold_the_keys_of_all_processes(tmp_path):
+    children = [toy.in_child(remember_on, rank, tmp_path) for rank in range(3)]
+    assert [toy.exit_code(child) for child in children] == [0, 0, 0]
+    first, *others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(3))
+    for name in first:
+        if name.endswith(("queue", "next")): assert all(torch.equal(first[name], other[name]) for other in others), name
+    alone = remember(example_of(0), example_of(1), example_of(2))
+    for name in ("region.queue", "region.next", "pixel.next"): torch.testing.assert_close(first[name], alone[name])
+    _, vectors, masks = example_of(1)
+    for k in (1, 2):
+        pixels = first["pixel.queue"][k, :first["pixel.next"][k]]
+        assert is_among(pixels, vectors[0][masks[0, k]]).sum() >= 2, "none of process 1"
