@@ -33,7 +33,7 @@ def pixelwise(student:Tensor, # (B,K,*S) logits
     total = F.binary_cross_entropy_with_logits(student, teacher.sigmoid(), reduction="sum")
     return total / (count * teacher.shape[1])
 
-# %% ../../nbs/losses/04_skd.ipynb #1671bcb6
+# %% ../../nbs/losses/04_skd.ipynb #85abe660
 class RelationError(torch.autograd.Function):
     """Sum over batch and entries of (a' b - c' d)^2, a (B,C,N), b (B,C,P), c (B,D,N), d (B,D,P): in
     pieces of rows, of which only the gradients of a and b are kept; no second derivative."""
@@ -42,7 +42,7 @@ class RelationError(torch.autograd.Function):
         grads, total = (torch.zeros_like(a), torch.zeros_like(b)), a.new_zeros(())
         rows = max(1, elements // (len(a) * b.shape[2]))
         for x, y, into in zip(a.split(rows, 2), c.split(rows, 2), grads[0].split(rows, 2)):
-            error = x.transpose(1, 2) @ b - y.transpose(1, 2) @ d
+            error = torch.baddbmm(x.transpose(1, 2) @ b, y.transpose(1, 2), d, alpha=-1)
             total += error.square().sum()
             into.copy_(b @ error.transpose(1, 2))
             grads[1].add_(x @ error)
@@ -55,13 +55,13 @@ class RelationError(torch.autograd.Function):
         of_a, of_b = ctx.saved_tensors
         return 2 * grad * of_a, 2 * grad * of_b, None, None, None
 
-# %% ../../nbs/losses/04_skd.ipynb #64f19df2
+# %% ../../nbs/losses/04_skd.ipynb #ccbee072
 def relation_error(student_pair:Sequence[Tensor], # (B,Cs,N), (B,Cs,P) vectors at places
                    teacher_pair:Sequence[Tensor], # (B,Ct,N), (B,Ct,P), constants
                    ) -> Tensor:
     "Mean over batch and pairs of places of the squared difference of the inner products."
     first, second = student_pair
-    total = RelationError.apply(first, second, *(x.detach() for x in teacher_pair), 2 ** 22)
+    total = RelationError.apply(first, second, *(x.detach() for x in teacher_pair), 2 ** 20)
     return total / (len(first) * first.shape[2] * second.shape[2])
 
 # %% ../../nbs/losses/04_skd.ipynb #26bbc98e

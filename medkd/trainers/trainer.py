@@ -155,7 +155,7 @@ def build_parts(self:Trainer, parts:list, objective:Objective, batch:dict) -> No
     shown = self.teacher.taps(batch)
     with isolated_rng(), unchanged(objective), torch.no_grad():
         seen = objective.student(student_sees(batch, shown, self.recipe.student_input))
-    shapes = [{name: tuple(t.shape) for name, t in taps.items()} for taps in (seen, shown)]
+    shapes = [Taps({name: tuple(t.shape) for name, t in taps.items()}) for taps in (seen, shown)]
     wanted, given = self.splits.num_classes, shapes[0]["out"][1]
     if "seg" in self.recipe.weights and given != wanted:
         raise ValueError(f"the student gives {given} channels, {self.splits.name} has {wanted} "
