@@ -96,7 +96,7 @@ def fill(out:np.ndarray, held:Tensor, low:int, planes:np.ndarray, axes:Sequence[
     index = np.ix_(axes[0].inside[planes], *(axis.inside for axis in axes[1:]))
     out[(slice(None), *index) if multi_label else index] = decide(logits, multi_label).cpu().numpy()
 
-# %% ../nbs/03_native.ipynb #1795494b
+# %% ../nbs/03_native.ipynb #a3688b1c
 EVALUATIONS = ("native", "published")
 
 def to_bits(labels:np.ndarray, multi_label:bool) -> np.ndarray:
@@ -108,7 +108,7 @@ def to_bits(labels:np.ndarray, multi_label:bool) -> np.ndarray:
 def from_bits(codes:np.ndarray, masks:int # 0: a label map
               ) -> np.ndarray:
     "What `to_bits` was given."
-    return np.stack([codes >> k & 1 for k in range(masks)]).astype(bool) if masks else codes
+    return np.stack([codes >> k & 1 for k in range(masks)]).astype(bool) if masks else codes.copy()
 
 # %% ../nbs/03_native.ipynb #a0f8b681
 def store_labels(net:nn.Module,      # in eval mode; forward gives logits (B,K,*S)
