@@ -93,3 +93,12 @@ def test_page_tells_numbers_and_origin(benchmark, tmp_path, capsys):
     page = benchmark("run").page(json.loads(path.read_text()))
     assert "| a | 2.5 |  |" in page and "- ratio: met" in page and "torch" in page and "(quick)" in page
     assert "| b | 0.5 | 1 |" in capsys.readouterr().out
+
+
+def test_volumes_benchmark_compares_equal_labels(benchmark, tmp_path, monkeypatch):
+    volumes = benchmark("volumes")
+    monkeypatch.setenv("MEDKD_CACHE", str(tmp_path))
+    monkeypatch.setattr(volumes, "source", lambda: ("phantom:msd", volumes.find("phantom:msd", None)[1]))
+    rows = [*volumes.load_rows(1), *volumes.patch_rows((40, 40, 40), (16, 16, 16), 1),
+            *volumes.predict_rows((64, 24, 24), (16, 16, 16), 14, 1)]
+    assert all(row["ratio"] > 0 for row in rows) and rows[2]["ratio"] < 1 and rows[0]["files"] == 32
