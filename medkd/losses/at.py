@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..core import Taps, Term, resize, toy_taps, widen
 
-# %% ../../nbs/losses/03_at.ipynb #4d67b205
+# %% ../../nbs/losses/03_at.ipynb #bfcaad65
 def attention(feature:Tensor, # (B,C,*S)
               p:float=2) -> Tensor:
     "Mean over channels of |feature|^p: (B,1,*S), float32 or wider."
     feature = widen(feature)
-    return (feature.square() if p == 2 else feature.abs() ** p).mean(1, keepdim=True)
+    power = feature.square() if p in (2, 4) else feature.abs() ** p
+    return (power.square() if p == 4 else power).mean(1, keepdim=True)
 
 # %% ../../nbs/losses/03_at.ipynb #447ddf5a
 def at(student:Tensor, # (B,Cs,*S) feature
