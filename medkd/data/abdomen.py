@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'ORGANS', 'Style', 'Painting', 'paint_wall', 'paint_spine', 'paint_bowel', 'paint_kidney', 'paint_left',
-           'paint_liver', 'paint_vessels', 'paint_chest', 'paint_tumours', 'abdomen', 'expose']
+           'paint_liver', 'paint_vessels', 'paint_chest', 'paint_tumours', 'paint_masses', 'abdomen', 'expose']
 
 # %% ../../nbs/data/09_abdomen.ipynb #407a51f6
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import numpy as np
 
 from .shapes import Space, haze, make_space, near, tree
 
-# %% ../../nbs/data/09_abdomen.ipynb #3f91e099
+# %% ../../nbs/data/09_abdomen.ipynb #600ea395
 @dataclass(frozen=True)
 class Style:
     "How the patients and the scanner of a collection differ; pairs are least and greatest values."
@@ -21,17 +21,20 @@ class Style:
     blur:tuple[float, float]     # pixels
     margin:tuple[float, float]   # half the field of view, in half body widths
     size:tuple[float, float]     # of the body, relative
-    lesions:tuple[int, int]      # tumours in a liver
+    lesions:tuple[int, int]      # tumours in the organ
     circle:float|None            # HU outside the round field of view; None: it is square
     table:float                  # HU of the table
     swell:float=1.               # of pancreas and gallbladder; above 1 no liver hides a kidney
+    organ:str="liver"            # whose label is 1, and 2 in its tumours
 
-# %% ../../nbs/data/09_abdomen.ipynb #556414ba
+# %% ../../nbs/data/09_abdomen.ipynb #257f9773
 STYLES = dict(
     chaos=Style((.75, 1.15), .1, (10, 18), (.5, .7), (1.12, 1.3), (.9, 1.05), (0, 0), None, 60),
     lits=Style((.1, 1.), .35, (14, 32), (.4, 1.1), (1.02, 1.5), (.9, 1.25), (1, 6), -1024, -150),
     synapse=Style((.5, 1.1), .2, (12, 24), (.4, .8), (1., 1.15), (.9, 1.2), (0, 0), -1024, -100,
-                  swell=1.5))
+                  swell=1.5),
+    kits19=Style((.7, 1.1), .2, (12, 28), (.4, .9), (1.02, 1.35), (.9, 1.2), (1, 3), -1024, -150,
+                 swell=1.05, organ="kidney"))
 
 # %% ../../nbs/data/09_abdomen.ipynb #810ae75a
 ORGANS = {"spleen": 1, "right kidney": 2, "left kidney": 3, "gallbladder": 4, "liver": 6,
@@ -183,9 +186,9 @@ def paint_chest(art:Painting, radius:np.ndarray):
     art.paint(chest & aorta, 42, 115, organ="aorta")
     art.organ((.12, -.38, 1.15), (.46, .46, .5), 40, 105)
 
-# %% ../../nbs/data/09_abdomen.ipynb #e6193f26
+# %% ../../nbs/data/09_abdomen.ipynb #7b811bb4
 def paint_tumours(art:Painting, count:int):
-    "Dark, uneven masses in the liver, some with a bright rim: label 2."
+    "Dark, uneven masses in the organ with label 1, some with a bright rim: label 2."
     rng, space = art.rng, art.space
     for _ in range(count):
         inside = np.argwhere(art.label == 1)
@@ -200,9 +203,23 @@ def paint_tumours(art:Painting, count:int):
             art.hu[where] += hu
             art.label[where & (field < 1)] = 2
 
-# %% ../../nbs/data/09_abdomen.ipynb #9bbfb639
+# %% ../../nbs/data/09_abdomen.ipynb #780aae27
+def paint_masses(art:Painting, count:int):
+    "Uneven masses that grow out of the organ with label 1 and take up little agent: label 2."
+    rng, space = art.rng, art.space
+    for _ in range(count):
+        inside = np.argwhere(art.label == 1)
+        if not len(inside):
+            return
+        k, row, column = inside[rng.integers(len(inside))]
+        centre = space.u[0, 0, column], space.v[0, row, 0], space.w[k, 0, 0]
+        radius = rng.uniform(12, 32) / np.array(space.half)
+        where = space.blob(centre, radius) + .2 * haze(rng, space.shape, 12) < 1
+        art.paint(where & (art.hu < 300), rng.uniform(20, 40), rng.uniform(10, 50), 2)
+
+# %% ../../nbs/data/09_abdomen.ipynb #901b891b
 def abdomen(rng:np.random.Generator, style:Style, shape:tuple[int, int, int] # (Z,H,W)
-            ) -> dict: # hu (Z,H,W) float32; label: 1 liver, 2 tumour; organs; spacing (mm)
+            ) -> dict: # hu (Z,H,W) float32; label: 1 organ, 2 tumour; organs; spacing (mm)
     "One scan, from the feet to the head, rows to the back, columns to the patient's left."
     draw = lambda pair: rng.uniform(*pair)
     half = np.array([132, 88, 92]) * draw(style.size) * np.exp(rng.normal(0, .04, 3))
@@ -220,7 +237,10 @@ def abdomen(rng:np.random.Generator, style:Style, shape:tuple[int, int, int] # (
     paint_vessels(art)
     paint_chest(art, radius)
     paint_spine(art)
-    paint_tumours(art, rng.integers(style.lesions[0], style.lesions[1] + 1))
+    values = [value for name, value in ORGANS.items() if name.endswith(style.organ)]
+    art.label = np.isin(art.organs, values).astype(np.uint8)
+    lesions = paint_masses if style.organ == "kidney" else paint_tumours
+    lesions(art, rng.integers(style.lesions[0], style.lesions[1] + 1))
     return dict(hu=expose(art, style, field), label=art.label, organs=art.organs,
                 spacing=(2 * half[2] / shape[0], 2 * field / shape[2], 2 * field / shape[2]))
 

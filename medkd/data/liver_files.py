@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['CHAOS', 'LITS', 'find_chaos', 'find_lits', 'number', 'read_all', 'inspect_chaos', 'holes', 'check_mask',
-           'inspect_lits', 'partners', 'write_chaos', 'dicom', 'write_lits', 'Liver', 'write_liver', 'check_liver']
+           'read_classes', 'inspect_tumours', 'inspect_lits', 'partners', 'write_chaos', 'dicom', 'write_lits', 'Liver',
+           'write_liver', 'check_liver']
 
 # %% ../../nbs/data/10_liver_files.ipynb #1a6dcf63
 import re
@@ -95,17 +96,20 @@ def check_mask(name:str, mask:np.ndarray, # (H,W) grey values
         problems.append(Problem(name, "values", f"holds {grey[:5]}, expected 0 and one other"))
     return problems
 
-# %% ../../nbs/data/10_liver_files.ipynb #74967f9c
-def inspect_lits(folder:Path, patient:str, files:dict[str, list[str]]
+# %% ../../nbs/data/10_liver_files.ipynb #186647c5
+def read_classes(folder:Path, files:dict[str, list[str]],
+                 organ:str,              # what label 1 is
+                 problems:list[Problem]  # that are known
                  ) -> tuple[Scan|None, np.ndarray|None, list[Problem]]:
-    "The scan (HU) and the liver (Z,H,W) bool of a LiTS patient, None when there is any problem."
-    problems = partners(patient, files)
+    """A CT scan (HU) and its label (Z,H,W) uint8 of NIfTI files: 1 the organ, 2 its tumours. None
+    when there is any problem."""
     found, damaged = read_all(folder, files["image"][:1] + files["label"][:1], read_nifti)
-    problems += damaged
-    if problems:
+    if problems := [*problems, *damaged]:
         return None, None, problems
-    scan, label = found.values()
-    name, odd = files["label"][0], ~np.isin(label.pixels, (0, 1, 2))
+    (image, scan), (name, label) = found.items()
+    odd = ~np.isin(label.pixels, (0, 1, 2))
+    if not np.isfinite(scan.pixels).all():
+        problems.append(Problem(image, "values", "holds NaN or infinite values"))
     if scan.pixels.shape != label.pixels.shape:
         sizes = f"upright it is {label.pixels.shape}, its volume {scan.pixels.shape}"
         problems.append(Problem(name, "size", sizes))
@@ -115,8 +119,21 @@ def inspect_lits(folder:Path, patient:str, files:dict[str, list[str]]
         values = np.unique(label.pixels[odd])[:5].tolist()
         problems.append(Problem(name, "values", f"holds {values}, expected 0, 1 and 2"))
     elif not label.pixels.any():
-        problems.append(Problem(name, "values", "no liver in it"))
-    return (None, None, problems) if problems else (scan, label.pixels > 0, [])
+        problems.append(Problem(name, "values", f"no {organ} in it"))
+    return (None, None, problems) if problems else (scan, label.pixels.astype(np.uint8), [])
+
+# %% ../../nbs/data/10_liver_files.ipynb #b22c9058
+def inspect_tumours(folder:Path, patient:str, files:dict[str, list[str]]
+                    ) -> tuple[Scan|None, np.ndarray|None, list[Problem]]:
+    "The scan (HU) and the label (Z,H,W) uint8 of a LiTS patient, None when there is any problem."
+    return read_classes(folder, files, "liver", partners(patient, files))
+
+# %% ../../nbs/data/10_liver_files.ipynb #9fe3c45d
+def inspect_lits(folder:Path, patient:str, files:dict[str, list[str]]
+                 ) -> tuple[Scan|None, np.ndarray|None, list[Problem]]:
+    "The scan (HU) and the liver (Z,H,W) bool of a LiTS patient, None when there is any problem."
+    scan, label, problems = inspect_tumours(folder, patient, files)
+    return scan, None if problems else label > 0, problems
 
 # %% ../../nbs/data/10_liver_files.ipynb #5c4e11ed
 def partners(patient:str, files:dict[str, list[str]]) -> list[Problem]:

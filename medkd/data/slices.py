@@ -122,11 +122,12 @@ def resized(image:np.ndarray, # (H,W) float32
     return dict(image=resize_slices(image[None], (size, size))[0],
                 label=resize_slices(label[None], (size, size), nearest=True)[0])
 
-# %% ../../nbs/data/08_slices.ipynb #5dc6cc47
+# %% ../../nbs/data/08_slices.ipynb #a077614c
 class TrainSlices(Slices):
     """Random slices for training. `sample(index, rng)` draws from `rng` alone; `self[index]` is one
     of them, always the same."""
-    def __init__(self, names:Sequence[str], scans:Sequence[dict],
+    def __init__(self, names:Sequence[str], scans:Sequence[dict], # may tell by `full`
+                                         # (Z,) bool which slices have foreground
                  empty:float|None=.2,    # share of slices without foreground; None: each comes once
                  change:Callable|None=None, # (rng, image=, label=) -> both; None: `jitter`
                  patients:Mapping[str, str]|None=None): # as in `Slices`
@@ -134,7 +135,8 @@ class TrainSlices(Slices):
         self.change, self.share = change or jitter, empty
         if empty is not None and not 0 <= empty < 1:
             raise ValueError(f"empty={empty}; expected a share from 0 up to, not including, 1")
-        full = [scan["label"].any((1, 2)) | (empty is None) for scan in self.scans.values()]
+        full = [(scan["full"] if "full" in scan else scan["label"].any((1, 2))) | (empty is None)
+                for scan in self.scans.values()]
         full = np.concatenate(full) if full else np.zeros(0, bool)
         self.full, self.empty = np.flatnonzero(full), np.flatnonzero(~full)
         self.extra = math.ceil(len(self.full) * empty / (1 - empty)) if len(self.empty) else 0
