@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['verify_command', 'find_runs', 'read_params', 'summary', 'summary_or_damage', 'show_run', 'table', 'runs_command',
-           'fail', 'parser', 'main']
+           'slices_command', 'fail', 'parser', 'main']
 
 # %% ../nbs/09_main.ipynb #30dd4313
 import argparse
@@ -79,13 +79,25 @@ def runs_command(args:argparse.Namespace) -> int:
     print(json.dumps(rows, indent=1) if args.json else table(rows) if rows else f"no runs under {args.root}")
     return 0
 
+# %% ../nbs/09_main.ipynb #b2590234
+def slices_command(args:argparse.Namespace) -> int:
+    "Cut the slices that are not there yet, verify all, and say how many there are."
+    from medkd.data.cut import make_slices
+    try: made = make_slices(args.inpath, args.outpath, args.dataset, args.task, args.size, bar=not args.json)
+    except KeyboardInterrupt:
+        fail("stopped; the same command continues")
+        return 130
+    print(json.dumps(made) if args.json else f"{args.outpath}: {made['cases']} cases ({made['cut']} cut now), "
+          f"{made['slices']} slices, {made['listed']} of them in {args.task}.txt")
+    return 0
+
 # %% ../nbs/09_main.ipynb #264cb7c3
 def fail(message:str) -> int:
     "The message on standard error, and exit code 2."
     print(message, file=sys.stderr)
     return 2
 
-# %% ../nbs/09_main.ipynb #aeb9625f
+# %% ../nbs/09_main.ipynb #4eb266f5
 def parser() -> argparse.ArgumentParser:
     "What `python -m medkd` understands."
     top = argparse.ArgumentParser(prog="python -m medkd", description="Reproducible distillation for segmentation.")
@@ -98,15 +110,22 @@ def parser() -> argparse.ArgumentParser:
     runs.add_argument("--root", type=Path, default=Path("runs"), help="folder to search (default: runs)")
     runs.add_argument("--show", type=Path, metavar="RUN", help="a run folder")
     runs.set_defaults(run=runs_command)
-    for command in (verify, runs): command.add_argument("--json", action="store_true", help="print JSON")
+    slices = commands.add_parser("slices", help="cut CT scans into files of slices, once")
+    slices.add_argument("--inpath", type=Path, required=True, help="data set in official layout: KiTS19/data, LiTS")
+    slices.add_argument("--outpath", type=Path, required=True, help="new folder, or one to go on with")
+    slices.add_argument("--dataset", required=True, help="kits19, lits, phantom:kits19 or phantom:lits")
+    slices.add_argument("--task", default="tumour", help="whose slices are listed: tumour (default) or organ")
+    slices.add_argument("--size", type=int, default=512, help="side of a slice in pixels (default: 512)")
+    slices.set_defaults(run=slices_command)
+    for command in (verify, runs, slices): command.add_argument("--json", action="store_true", help="print JSON")
     return top
 
-# %% ../nbs/09_main.ipynb #b9ee2124
+# %% ../nbs/09_main.ipynb #dedb2b79
 def main(argv:list[str]|None=None) -> int:
     "Run a command; its exit code. An error that a user can mend is one line, without a traceback."
     args = parser().parse_args(argv)
     try: return args.run(args)
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError, RuntimeError) as error:
         return fail(str(error.args[0] if isinstance(error, KeyError) else error))
 
 # %% ../nbs/09_main.ipynb #ee7cdaf9

@@ -89,7 +89,7 @@ def dice_masks(
     pred, label = pred.flatten(2), label.flatten(2)
     return 2 * (pred & label).sum(2) / (pred.sum(2) + label.sum(2))
 
-# %% ../nbs/01_metrics.ipynb #dd864900
+# %% ../nbs/01_metrics.ipynb #f4215da0
 class Confusion(NamedTuple):
     "Counts of one mask against the truth; every ratio is NaN where its denominator is 0."
     tp:int # foreground, found
@@ -99,14 +99,16 @@ class Confusion(NamedTuple):
 
     def scores(self) -> dict[str, float]:
         """dice, iou, miou (mean of foreground's and background's IoU), sensitivity, specificity,
-        accuracy, precision."""
+        accuracy, precision; voe, volumetric overlap error 1 - iou; rvd, |predicted / true - 1| of
+        the volumes."""
         tp, fp, fn, tn = self
         ratio = lambda part, whole: part / whole if whole else np.nan
         iou = ratio(tp, tp + fp + fn)
         return dict(dice=ratio(2 * tp, 2 * tp + fp + fn), iou=iou,
                     miou=(iou + ratio(tn, tn + fp + fn)) / 2,
                     sensitivity=ratio(tp, tp + fn), specificity=ratio(tn, tn + fp),
-                    accuracy=ratio(tp + tn, sum(self)), precision=ratio(tp, tp + fp))
+                    accuracy=ratio(tp + tn, sum(self)), precision=ratio(tp, tp + fp),
+                    voe=1 - iou, rvd=ratio(abs(fp - fn), tp + fn))
 
 # %% ../nbs/01_metrics.ipynb #30cfec7d
 def confusion(

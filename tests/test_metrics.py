@@ -207,7 +207,8 @@ def test_confusion_scores_equal_scikit_learn():
         dice=sk.f1_score(t, p), iou=sk.jaccard_score(t, p),
         miou=sk.jaccard_score(t, p, average="macro"), sensitivity=sk.recall_score(t, p),
         specificity=sk.recall_score(~t, ~p), accuracy=sk.accuracy_score(t, p),
-        precision=sk.precision_score(t, p)))
+        precision=sk.precision_score(t, p), voe=1 - sk.jaccard_score(t, p),
+        rvd=abs(p.sum() / t.sum() - 1)))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64])

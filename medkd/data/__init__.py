@@ -4,7 +4,7 @@
 __all__ = ['DATASETS', 'PHANTOM_VERSION', 'lookup', 'phantom', 'present', 'real_folder', 'phantom_folder', 'find',
            'check_options', 'with_folder', 'load', 'verify']
 
-# %% ../../nbs/data/90_data.ipynb #3edaf5cf
+# %% ../../nbs/data/90_data.ipynb #fb33380e
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,12 +19,13 @@ from .files import content_sha256, read_marker, staged, write_marker
 from .gastric import SOURCES as GASTRIC
 from .liver import SOURCES as LIVERS
 from .synapse import SOURCES as SYNAPSE
+from .tumours import SOURCES as TUMOURS
 from .vessels import SOURCES as VESSELS
 from .volume_sets import SOURCES as VOLUMES
 
-# %% ../../nbs/data/90_data.ipynb #316d426d
+# %% ../../nbs/data/90_data.ipynb #f04fa6f8
 DATASETS:dict[str, Source] = {source.name: source for source in (
-    *VESSELS, *LIVERS, *ACDC, *GASTRIC, *SYNAPSE, *VOLUMES)}
+    *VESSELS, *LIVERS, *TUMOURS, *ACDC, *GASTRIC, *SYNAPSE, *VOLUMES)}
 
 # %% ../../nbs/data/90_data.ipynb #64b26597
 def lookup(name:str # "chasedb1", "phantom:chasedb1", "msd:Task09_Spleen", or "phantom": the twin of the first

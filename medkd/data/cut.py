@@ -109,7 +109,7 @@ def cut_missing(inpath:Path, out:Path, found:Mapping[str, dict], # case -> role 
         count += 1
     return problems, count
 
-# %% ../../nbs/data/31_cut.ipynb #0fed3685
+# %% ../../nbs/data/31_cut.ipynb #f950776b
 def make_slices(inpath:str|Path,  # in official layout
                 outpath:str|Path, # takes the slices
                 dataset:str,      # "kits19", "lits", "phantom:kits19", "phantom:lits"
@@ -122,9 +122,10 @@ def make_slices(inpath:str|Path,  # in official layout
     inpath, about = Path(inpath), describe_source(dataset, Path(inpath), size)
     if task not in TASKS: raise unknown("task", task, TASKS)
     layout = LAYOUTS[dataset.rpartition(":")[2]]
-    found, out = layout.find(inpath), make_folder(outpath)
+    found = layout.find(inpath)
     if not found:
         raise FileNotFoundError(f"no case in {inpath}; expected {layout.where} in it")
+    out = make_folder(outpath)
     with writing(out):
         done = claim(out, about)
         problems, count = cut_missing(inpath, out, found, about, done, bar)
