@@ -48,16 +48,15 @@ def sikd(root):
 
 
 def hlfd(root):
-    "name -> recipe: teacher, plain distillation of the last layers, HLFD."
+    "name -> recipe, as above: the teacher, and HLFD."
     cases = ["case_00001", "case_00003", "case_00005", "case_00000"]
     data.phantom("kits19", root, cases, (6, 64, 64))
     alone = Recipe(data=data.load("phantom:kits19", root, size=32, task="organ"), student=partial(build, "resnet18", 1, 2, .125),
                    terms=(partial(Seg, focal_dice),), weights=dict(seg=1), steps=STEPS, batch_size=4, lr=1e-2,
                    optimiser=torch.optim.Adam, schedule=cosine_steps, student_input=seen, teacher_input=seen)
     yield "teacher", lambda runs: replace(alone, student=partial(build, "unet_plus_plus", 1, 2, .125), teacher_input=None)
-    for name in ("wo_feedback", "hlfd"):
-        yield name, lambda runs, name=name: replace(alone, teacher=runs["teacher"], terms=(*alone.terms, partial(HLFD, name)),
-                                                    weights=dict(seg=1, pixel=.1, feature=.9))
+    yield "hlfd", lambda runs: replace(alone, teacher=runs["teacher"], terms=(*alone.terms, HLFD),
+                                       weights=dict(seg=1, pixel=.1, feature=.9))
 
 
 def curves(paper, arithmetic):
@@ -68,7 +67,7 @@ def curves(paper, arithmetic):
         with tempfile.TemporaryDirectory() as folder:
             runs, rate = {}, dict(lr=1e-6) if arithmetic == "float32" else {}
             for name, make in paper(Path(folder, "data")):
-                recipe = replace(make(runs), precision="fp32", validate=unscored, **rate)
+                recipe = replace(make(runs), precision="fp32", validate=unscored, validate_every=STEPS, **rate)
                 runs[name] = fit(recipe, f"{folder}/{name}")
             return {name: by_term(run.metrics("train")) for name, run in runs.items()}
     finally:

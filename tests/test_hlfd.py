@@ -320,9 +320,9 @@ def test_training(method, teacher, tmp_path):
 
 def test_drawn_projectors_are_the_same_after_an_interruption(teacher, tmp_path):
     recipe = distilled(teacher, "random")
-    whole = fit(recipe, tmp_path/"whole")
-    with toy.stopping_after(2), pytest.raises(KeyboardInterrupt): fit(recipe, tmp_path/"cut", save_every=0.)
-    assert toy.outcome(fit(recipe, tmp_path/"cut").path) == toy.outcome(whole.path)
+    whole = fit(recipe, tmp_path/"whole/run")
+    with toy.stopping_after(2), pytest.raises(KeyboardInterrupt): fit(recipe, tmp_path/"cut/run", save_every=0.)
+    assert toy.outcome(fit(recipe, tmp_path/"cut/run").path) == toy.outcome(whole.path)
 
 
 class Background(toy.Squares):
@@ -340,4 +340,4 @@ def test_batches_of_background_alone(method, teacher, tmp_path):
 
 def test_terms_read_what_they_need():
     assert HLFD.example(3, 4)[0].needs == HLFD().needs
-    with pytest.raises(KeyError, match="unknown tap"): HLFD()(Taps(), Taps(), {}, frozenset(["feature"]))
+    with pytest.raises(KeyError, match="there is none"): HLFD()(Taps(), Taps(), {}, frozenset(["feature"]))
