@@ -31,24 +31,9 @@ from medkd.models.zoo import build
 LIMITS = dict(KD=.05, CWD=.05, DKD=.06, NKD=.06, DIST=.12, AT=.1, SKD=.1, IFVD=.1, CIRKD=.3,
               HLFD=.25, GraphFlow=.1)  # shares of the floor
 UNFIT = KeyError, TypeError, ValueError, RuntimeError  # a term cannot run on these taps
-MONAI_ROLES = dict(  # of a UNet of four levels
-    e1="model.0", e2="model.1.submodule.0", e3="model.1.submodule.1.submodule.0",
-    e4="model.1.submodule.1.submodule.1.submodule", d4="model.1.submodule.1.submodule.2",
-    d3="model.1.submodule.2", d2="model.2:in", encoder="model.1.submodule.0",
-    decoder="model.1.submodule.2", head_in="model.2:in")
-
-
 BASIC_ROLES = dict(
     e1="conv_0", e2="down_1", e3="down_2", e4="down_3", e5="down_4", d5="upcat_4", d4="upcat_3",
     d3="upcat_2", d2="upcat_1", encoder="down_2", decoder="upcat_2", head_in="final_conv:in")
-
-
-def monai_unet(channels, classes):
-    "MONAI's 3-D UNet, which halves the images at once, with roles."
-    from monai.networks.nets import UNet
-    net = UNet(3, 1, classes, channels, (2,) * (len(channels) - 1))
-    net.taps = MONAI_ROLES
-    return net
 
 
 def basic_unet(first, classes):
@@ -82,9 +67,8 @@ def settings(quick):
     return {
         "GKD": gkd((8, 1, 128, 128), .125 if quick else 1.),
         "2-D": gkd((8, 1, 256, 256), .125 if quick else .25),
-        "3-D": Setting((2, 1, 48, 48, 48), 14, partial(monai_unet, (32, 64, 128, 256), 14),
-                       partial(monai_unet, (16, 32, 64, 128), 14),
-                       "MONAI UNet 32..256 -> 16..128"),
+        "3-D": Setting((2, 1, 48, 48, 48), 14, partial(build, "resunet3d", 1, 14),
+                       partial(build, "unet3d_tiny", 1, 14), "ResU-Net -> U-Net tiny"),
         "3-D, full size": Setting((2, 1, 48, 48, 48), 14, partial(basic_unet, 32, 14),
                                   partial(basic_unet, 16, 14),
                                   "MONAI BasicUNet 32..256 -> 16..128"),

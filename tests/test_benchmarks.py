@@ -102,3 +102,11 @@ def test_volumes_benchmark_compares_equal_labels(benchmark, tmp_path, monkeypatc
     rows = [*volumes.load_rows(1), *volumes.patch_rows((40, 40, 40), (16, 16, 16), 1),
             *volumes.predict_rows((64, 24, 24), (16, 16, 16), 14, 1)]
     assert all(row["ratio"] > 0 for row in rows) and rows[2]["ratio"] < 1 and rows[0]["files"] == 32
+
+
+def test_acf_bckd_losses_equal_their_plain_forms(benchmark):
+    bench = benchmark("acf_bckd")
+    rows = {row["loss"]: row for row in bench.measure((1, 1, 16, 16, 16), 5, .125, 1, 1, True)}
+    assert set(bench.LIMITS) <= set(rows)
+    assert sum(row["plain form / ours"] is not None for row in rows.values()) == 11
+    with pytest.raises(AssertionError, match="class"): bench.case((1, 1, 8, 8, 16), 14, .125)

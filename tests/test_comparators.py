@@ -292,7 +292,7 @@ def test_chunks_of_the_pairwise_map_change_nothing():
 def published(**options):
     "CIRKD on 4 classes, 5 and 7 channels, whose memory compares with all that the queues hold."
     torch.manual_seed(0)
-    term = CIRKD(pixels=40, regions=40, sampled=40, **options)
+    term = CIRKD("head_in", pixels=40, regions=40, sampled=40, **options)
     term.build(dict(out=(2, 4, 8, 8), head_in=(2, 5, 8, 8)), dict(head_in=(2, 7, 8, 8)))
     return term.double()
 
@@ -364,7 +364,7 @@ def test_only_the_first_image_with_itself():
 def test_overlapping_classes_have_no_memory():
     masks = feature(4, (8, 8), 2) > 0
     with pytest.raises(ValueError, match="memory=False"): run(published(), feature(5, (8, 8), 0), feature(7, (8, 8), 1), masks)
-    term = CIRKD(memory=False)
+    term = CIRKD("head_in", memory=False)
     term.build(dict(head_in=(2, 5, 8, 8)), dict(head_in=(2, 7, 8, 8)))
     assert list(run(term, feature(5, (8, 8), 0), feature(7, (8, 8), 1), masks)) == ["minibatch"] == list(term.names)
 

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['pooled', 'units', 'SimilarityKL', 'relations', 'minibatch', 'class_keys', 'ClassQueue', 'Memory', 'CIRKD']
 
-# %% ../../nbs/losses/09_cirkd.ipynb #12489e59
+# %% ../../nbs/losses/09_cirkd.ipynb #92378e82
 from collections.abc import Mapping
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..core import Taps, Term, gather_rows, resize, toy_taps, widen
-from .divergence import normalised
+from .divergence import normaliser_ratio
 from .logits import kd_kl
 from .task import annotated, class_masks
 
@@ -28,7 +28,7 @@ def units(feature:Tensor # (B,C,P)
     "A unit vector for each position."
     return F.normalize(feature, dim=1).transpose(1, 2)
 
-# %% ../../nbs/losses/09_cirkd.ipynb #f51c0377
+# %% ../../nbs/losses/09_cirkd.ipynb #6aabecec
 class SimilarityKL(torch.autograd.Function):
     """Sum over rows and images of KL(teacher || student) of the similarities of (B,P,C) with each
     image, by chunks of rows; keeps nothing but its gradient, no second derivative."""
@@ -41,8 +41,9 @@ class SimilarityKL(torch.autograd.Function):
         for x_r, y_r, g in zip(x.split(rows), y.split(rows), gradient.split(rows)):
             s, t = ((r @ whole.T).view(-1, positions) for r, whole in ((x_r, x), (y_r, y)))
             if tau != 1: s, t = s.div_(tau), t.div_(tau)
-            (p_s, z_s), (p_t, z_t) = normalised(s), normalised(t)
-            total += t.sub_(s).add_(z_s - z_t).mul_(p_t).sum()
+            p_s, p_t = s.softmax(1), t.softmax(1)
+            ratio = normaliser_ratio(s, t, p_s, p_t)
+            total += t.sub_(s).add_(ratio).mul_(p_t).sum()
             slope = p_s.sub_(p_t).view(-1, len(x))
             g += slope @ x
             gradient.addmm_(slope.T, x_r)
@@ -157,13 +158,13 @@ class Memory(nn.Module):
         pair = (anchors @ keys / self.temperature for anchors in (x, y))
         return kd_kl(*pair) if len(x) else x.sum()
 
-# %% ../../nbs/losses/09_cirkd.ipynb #3e75873e
+# %% ../../nbs/losses/09_cirkd.ipynb #81242ff1
 class CIRKD(Term):
     """`minibatch`, and `pixel` and `region` from a memory, whose keys and anchors are labelled images
     only. The distillation of logits that belongs to it is `KD()`."""
     at_equal, size_free = None, False
 
-    def __init__(self, student:str="head_in", # tap of the student
+    def __init__(self, student:str="decoder", # tap of the student; ACF-BCKD's: "head_in"
                  teacher:str|None=None,       # of the teacher; default: the same name
                  tau:float=1.,                # temperature in the mini-batch
                  first_only:bool=False,       # in the mini-batch image 0 with itself, as released
@@ -203,4 +204,4 @@ class CIRKD(Term):
     @staticmethod
     def example(ndim:int, classes:int) -> tuple:
         term = CIRKD(pixels=32, regions=8, sampled=4)
-        return term, *toy_taps(ndim, classes, taps=dict(head_in=2))
+        return term, *toy_taps(ndim, classes, taps=dict(decoder=2))
