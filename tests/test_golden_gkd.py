@@ -1,9 +1,8 @@
 """The first 20 losses of every training of a paper notebook on its phantom are what they were.
 
-The recipes are those of the notebook's own cells. Training from scratch amplifies rounding by about 10^5 within 20
-steps, so in float32 the losses of the recipe's own learning rate repeat on one machine with one number of threads only.
-So: `float32` with a learning rate that keeps rounding small, `float64` with the recipe's own. The numbers are written by
-`python tests/test_golden_gkd.py`.
+The recipes are those of the notebook's own cells, with a learning rate so small that rounding stays small: at the recipe's
+own, two instruction sets of one processor part by over 1 % within 20 steps, in float64 too. With this one they part by
+less than 5e-5. The numbers are written by `python tests/test_golden_gkd.py`.
 """
 import os
 import tempfile
@@ -19,7 +18,7 @@ from medkd.files import read_json, write_json
 
 GOLDEN = Path(__file__).with_name("golden_gkd.json")
 STEPS = 20
-ARITHMETIC = dict(float32=dict(lr=1e-6, patch=64), float64=dict(lr=None, patch=32))
+ARITHMETIC = dict(float32=dict(lr=1e-6, patch=64))
 
 
 def double(make): return make().double()
@@ -32,7 +31,7 @@ def curves(arithmetic):
     "Losses of every step: training -> term -> 20 numbers."
     lr, patch = ARITHMETIC[arithmetic].values()
     make = partial(partial, double) if arithmetic == "float64" else lambda network: network
-    cells = Cells(preset="smoke", precision="fp32", steps=STEPS, teacher_steps=STEPS, methods="kd,at")
+    cells = Cells(preset="smoke", precision="fp32", steps=STEPS, teacher_steps=STEPS, methods="kd,at", teacher="fanet")
     cells.run_to("source = load(", skip=["figure("])
     here = cells.namespace
     here["source"] = here["load"]("phantom:chasedb1", patch=patch)

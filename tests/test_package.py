@@ -1,5 +1,6 @@
 """The wheel: built from the sources, installed alone, imported, complete."""
 import json
+import os
 import subprocess
 import sys
 import venv
@@ -10,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*command, cwd):
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=alone, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

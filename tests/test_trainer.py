@@ -112,7 +112,7 @@ class Asks(Term):
     (dict(weights=dict(seg=1, kd=1)), KeyError, "no term gives kd"),
     (dict(terms=(Seg, Seg)), KeyError, "two terms give seg"),
     (dict(weights=dict(seg=lambda epoch: 0.)), ValueError, "all weights are 0 in step 0"),
-    (dict(terms=(Seg, KD), weights=dict(seg=1, kd=1)), KeyError, "unknown tap 'out'"),
+    (dict(terms=(Seg, KD), weights=dict(seg=1, kd=1)), KeyError, "asked of a teacher, and there is none"),
     (dict(teacher=toy.Net), ValueError, "is a fresh network"),
     (dict(batch_size=4, data=partial(toy.squares, n=0)), ValueError, "the training set is empty"),
 ])
