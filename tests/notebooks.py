@@ -3,7 +3,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,6 @@ GKD = PAPERS/"gkd.ipynb"
 class Done:
     "What a run of papermill left behind."
     code: int
-    seconds: float
     text: str
     folder: Path
 
@@ -32,12 +30,11 @@ class Done:
     def error(self): return self.text.strip().splitlines()[-1]
 
 
-def papermill(folder, *arguments, path=GKD, timeout=200, **environment):
+def papermill(folder, *arguments, path=GKD, timeout=600, **environment):
     "Run a paper notebook in `folder`, as the command line does."
     command = [sys.executable, "-m", "papermill", str(path), "out.ipynb", "--no-progress-bar", *arguments]
-    started = time.monotonic()
     done = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=timeout)
-    return Done(done.returncode, time.monotonic() - started, done.stdout + done.stderr, Path(folder))
+    return Done(done.returncode, done.stdout + done.stderr, Path(folder))
 
 
 def given(**values):
@@ -84,6 +81,28 @@ def shared(tmp_path_factory):
 def cache(shared, monkeypatch):
     "Phantoms and prepared data of this session, made once for all its processes."
     monkeypatch.setenv("MEDKD_CACHE", str(shared/"cache"))
+
+
+FUNDI, LIVERS = ("chasedb1", "stare", "drive"), ("chaos", "lits")
+TWINS = dict(chasedb1=(("Image_01L", "Image_01R", "Image_02L", "Image_10L", "Image_11L", "Image_12L", "Image_13L"), (140, 160)),
+             stare=(("im0001", "im0002", "im0003"), (132, 150)), drive=(("01_test", "02_test", "03_test"), (150, 141)),
+             chaos=(("1", "2", "5", "6", "8", "10", "14", "16"), (4, 64, 72)), lits=(("0", "1"), (4, 72, 64)))
+
+
+def few(shared, names):
+    "A data root with twins of a few small cases, made once for all processes of this session."
+    from medkd.data import phantom
+    with alone(shared/"twins.lock"):
+        for name in names: phantom(name, shared/"twins", *TWINS[name])
+    return shared/"twins"
+
+
+@pytest.fixture(scope="session")
+def fundi(shared): return few(shared, FUNDI)
+
+
+@pytest.fixture(scope="session")
+def livers(shared): return few(shared, LIVERS)
 
 
 @contextlib.contextmanager

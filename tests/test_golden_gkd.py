@@ -21,25 +21,21 @@ STEPS = 20
 ARITHMETIC = dict(float32=dict(lr=1e-6, patch=64))
 
 
-def double(make): return make().double()
-
-
 def unscored(net, loader): return dict(dice=0.)
 
 
 def curves(arithmetic):
     "Losses of every step: training -> term -> 20 numbers."
     lr, patch = ARITHMETIC[arithmetic].values()
-    make = partial(partial, double) if arithmetic == "float64" else lambda network: network
     cells = Cells(preset="smoke", precision="fp32", steps=STEPS, teacher_steps=STEPS, methods="kd,at", teacher="fanet")
     cells.run_to("source = load(", skip=["figure("])
     here = cells.namespace
     here["source"] = here["load"]("phantom:chasedb1", patch=patch)
     for arrays in here["source"].train.arrays: arrays["image"] = arrays["image"].astype(arithmetic)
     cells.run_to("baseline = ", skip=["figure("])
-    student = replace(here["baseline"], student=make(here["make_student"]), validate=unscored, **(dict(lr=lr) if lr else {}))
+    student = replace(here["baseline"], student=here["make_student"], validate=unscored, **(dict(lr=lr) if lr else {}))
     with tempfile.TemporaryDirectory() as folder:
-        runs = dict(teacher=here["fit"](replace(student, student=make(here["make_teacher"])), f"{folder}/teacher"))
+        runs = dict(teacher=here["fit"](replace(student, student=here["make_teacher"]), f"{folder}/teacher"))
         for name, (terms, weights) in dict(student=(student.terms, student.weights), **here["wanted"]).items():
             teacher = runs["teacher"] if name in here["wanted"] else None
             runs[name] = here["fit"](replace(student, teacher=teacher, terms=terms, weights=weights), f"{folder}/{name}")
