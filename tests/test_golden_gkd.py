@@ -7,7 +7,6 @@ less than 5e-5. The numbers are written by `python tests/test_golden_gkd.py`.
 import os
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
