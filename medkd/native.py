@@ -19,7 +19,7 @@ from .files import make_folder, read_json, write_atomic, write_json
 from .metrics import ORGAN, CaseScores
 from .slabs import decide, predict_slabs
 
-# %% ../nbs/03_native.ipynb #43e15fc4
+# %% ../nbs/03_native.ipynb #d95eeaee
 class Axis(NamedTuple):
     "One axis of the network's grid."
     file:int            # which axis of the file it is
@@ -27,7 +27,8 @@ class Axis(NamedTuple):
     where:np.ndarray    # (n,) the same in voxels of the network's grid
 
 def axes_between(place:Geometry) -> tuple[Axis, ...]:
-    "The network's axes, each with its part of the file's. ValueError when the grids are turned against each other."
+    """The network's axes, each with its part of the file's. ValueError when the grids are turned
+    against each other."""
     n = len(place.extent)
     between = np.linalg.inv(place.grid) @ place.affine
     turn, shift = between[:n, :n], between[:n, 3]
@@ -55,12 +56,12 @@ def along(x:Tensor,         # (...), of the network's grid along `axis`
     second = np.minimum(first + 1, low + x.shape[axis] - 1)
     return torch.lerp(take(first), take(second), part.view(-1, *[1] * (x.ndim - axis - 1)))
 
-# %% ../nbs/03_native.ipynb #291896c5
+# %% ../nbs/03_native.ipynb #744d8247
 def native_labels(slabs:Iterable[Tensor], # (K,n,*S[1:]) logits, one after the other along the first axis
                   place:Geometry,
                   multi_label:bool=False  # masks that may overlap
                   ) -> np.ndarray:        # (*S) uint8 or (K,*S) bool on the file's grid
-    "What the network sees, on the grid of the file. As many logits as two slabs and a few planes have are held."
+    "What the network sees, on the file's grid. Of the logits, two slabs and a few planes are held."
     axes, out, held, low = axes_between(place), None, None, 0
     order = np.argsort(axes[0].where, kind="stable")
     for slab in slabs:
@@ -110,7 +111,7 @@ def from_bits(codes:np.ndarray, masks:int # 0: a label map
     "What `to_bits` was given."
     return np.stack([codes >> k & 1 for k in range(masks)]).astype(bool) if masks else codes.copy()
 
-# %% ../nbs/03_native.ipynb #a0f8b681
+# %% ../nbs/03_native.ipynb #afb2106a
 def store_labels(net:nn.Module,      # in eval mode; forward gives logits (B,K,*S)
                  data:Volumes,
                  folder:str|Path,    # takes one <case>.nii.gz each
@@ -119,40 +120,46 @@ def store_labels(net:nn.Module,      # in eval mode; forward gives logits (B,K,*
                  tile:Sequence[int]|None=None, # of a sliding window, usually Splits.patch; None: whole volumes
                  overlap:float=.5, blend:str="gaussian", batch:int=4, # tiles at a time
                  evaluation:str="native") -> Path: # or "published": on the network's grid
-    """Predict every case once: a folder made by the same weights on the same data in the same way is taken as it is,
-    another is made anew. Its predictions.json says which."""
-    if evaluation not in EVALUATIONS: raise ValueError(f"evaluation={evaluation!r}; expected {' or '.join(EVALUATIONS)}")
+    """Predict every case once: a folder made by the same weights on the same data in the same way is
+    taken as it is, another is made anew. Its predictions.json says which."""
+    if evaluation not in EVALUATIONS:
+        raise ValueError(f"evaluation={evaluation!r}; expected {' or '.join(EVALUATIONS)}")
     folder, masks = make_folder(folder), len(data.regions or ())
-    about = dict(weights_sha256=weights_sha256, data_sha256=data_sha256, tile=tile and list(tile), overlap=overlap,
-                 blend=blend, evaluation=evaluation, masks=masks, cases=len(data))
-    if (folder/"predictions.json").exists() and read_json(folder/"predictions.json") == about: return folder
-    (folder/"predictions.json").unlink(missing_ok=True)
+    about = dict(weights_sha256=weights_sha256, data_sha256=data_sha256, tile=tile and list(tile),
+                 overlap=overlap, blend=blend, evaluation=evaluation, masks=masks, cases=len(data))
+    done = folder/"predictions.json"
+    if done.exists() and read_json(done) == about: return folder
+    done.unlink(missing_ok=True)
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     for i, case in enumerate(data.cases):
         place, image = data.geometry(case), data[i]["image"][None].to(device)
         if evaluation == "published": place = place._replace(shape=place.extent, affine=place.grid)
-        try: labels = native_labels(predict_slabs(net, image, tile, overlap, batch, blend), place, masks > 0)
+        slabs = predict_slabs(net, image, tile, overlap, batch, blend)
+        try: labels = native_labels(slabs, place, masks > 0)
         except ValueError as error: raise ValueError(f"case {case}: {error}") from error
         write_atomic(folder/f"{case}.nii.gz", nifti_bytes(to_bits(labels, masks > 0), place.affine))
-    write_json(folder/"predictions.json", about)
+    write_json(done, about)
     return folder
 
 def read_labels(folder:str|Path, case:str) -> np.ndarray: # (*S) integers, or (K,*S) bool
     "A stored prediction. FileNotFoundError without one, ValueError when it is damaged."
     path = Path(folder)/f"{case}.nii.gz"
-    if not path.exists(): raise FileNotFoundError(f"no stored prediction {path}; store_labels makes those of a data set")
+    if not path.exists():
+        raise FileNotFoundError(f"no stored prediction {path}; store_labels makes those of a data set")
     try: codes = read_label(path).pixels[0]
-    except ValueError as error: raise ValueError(f"{path} {error}; delete the folder to predict again") from error
+    except ValueError as error:
+        raise ValueError(f"{path} {error}; delete the folder to predict again") from error
     return from_bits(codes, read_json(Path(folder)/"predictions.json")["masks"])
 
-# %% ../nbs/03_native.ipynb #d37996b2
+# %% ../nbs/03_native.ipynb #c47e4e87
 def score_labels(folder:str|Path, data:Volumes, # that were predicted
                  classes:Sequence[str],         # Splits.classes
                  metrics:Sequence[str]=ORGAN) -> CaseScores:
-    """Scores of stored predictions, per case and class: "native" on the file's grid, in mm where they are known;
-    "published" on the network's, in voxels, without missed classes. Nothing but files is read."""
+    """Scores of stored predictions, per case and class: "native" on the file's grid, in mm where they
+    are known; "published" on the network's, in voxels, without missed classes. Only files are read."""
     about = read_json(Path(folder)/"predictions.json")
-    published, names = about["evaluation"] == "published", ("background",) * bool(about["masks"]) + tuple(classes)
+    published = about["evaluation"] == "published"
+    names = ("background",) * bool(about["masks"]) + tuple(classes)
     scores = CaseScores(names, metrics, empty="nan" if published else "worst")
     for i, case in enumerate(data.cases):
         truth = dict(label=data[i]["label"].numpy(), spacing=None) if published else data.native(case)
@@ -160,14 +167,16 @@ def score_labels(folder:str|Path, data:Volumes, # that were predicted
         if about["masks"]: scores.add_masks(case, pred, truth["label"] > 0, truth["spacing"])
         else: scores.add(case, pred, truth["label"], truth["spacing"])
     if published and "dice" in metrics:
-        for row in scores.rows: row["dice"] = np.nan if row["presence"] == "spurious" else row["dice"]
+        for row in scores.rows:
+            if row["presence"] == "spurious": row["dice"] = np.nan
     return scores
 
 def published_mean(scores:CaseScores # of "published" predictions
                    ) -> dict[str, float]:
-    "Means over cases of their means over classes, as in the tables: Dice in %, both rounded to 2 decimals."
+    "Means over cases of their means over classes, as in the tables: Dice in %, rounded to 2 decimals."
     scale = lambda metric: 100 if metric == "dice" else 1
     def mean(metric:str) -> float:
-        cases = [round(scale(metric) * value, 2) for value in scores.per_case(metric).values() if not np.isnan(value)]
+        cases = [round(scale(metric) * value, 2) for value in scores.per_case(metric).values()
+                 if not np.isnan(value)]
         return round(float(np.mean(cases)), 2) if cases else np.nan
     return {metric: mean(metric) for metric in scores.metrics}

@@ -11,16 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/03_slabs.ipynb #d7063b81
+# %% ../nbs/03_slabs.ipynb #4b0bbb03
 BLENDS = ("gaussian", "constant")
 
 def tile_grid(size:Sequence[int],  # of the image, not smaller than a tile
               tile:Sequence[int],
               overlap:float        # share of a tile that the next one covers again
               ) -> list[tuple[slice, ...]]: # ordered by their first plane
-    "Where the tiles lie; the last one along each axis ends with the image. ValueError for an overlap outside [0,1)."
+    """Where the tiles lie; the last one along each axis ends with the image. ValueError for an overlap
+    outside [0,1)."""
     from monai.data.utils import dense_patch_slices
-    if not 0 <= overlap < 1: raise ValueError(f"overlap={overlap}; expected a share from 0 up to, not including, 1")
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap={overlap}; expected a share from 0 up to, not including, 1")
     steps = [t if t == n else max(1, int(t * (1 - overlap))) for t, n in zip(tile, size)]
     return dense_patch_slices(size, tile, steps)
 

@@ -8,37 +8,43 @@ import numpy as np
 
 from .shapes import haze
 
-# %% ../../nbs/data/47_brain.ipynb #594470df
+# %% ../../nbs/data/47_brain.ipynb #e2e30abb
 MODALITIES = ("t1ce", "t1", "flair", "t2")
-TISSUES = dict(white=(640, 660, 420, 360), grey=(500, 490, 520, 520), fluid=(210, 200, 160, 930), # brightness
-               oedema=(520, 470, 760, 800), necrotic=(330, 330, 500, 780), enhancing=(960, 500, 600, 640))
+TISSUES = dict( # brightness in each
+    white=(640, 660, 420, 360), grey=(500, 490, 520, 520), fluid=(210, 200, 160, 930),
+    oedema=(520, 470, 760, 800), necrotic=(330, 330, 500, 780), enhancing=(960, 500, 600, 640))
 
-# %% ../../nbs/data/47_brain.ipynb #b79dc93d
+# %% ../../nbs/data/47_brain.ipynb #d82185f9
 def ball(shape:tuple[int, ...], centre, radii) -> np.ndarray: # float32, below 1 inside
     "An ellipsoid in coordinates from -1 to 1."
     axes = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in shape), indexing="ij", sparse=True)
     return sum(((axis - c) / r) ** 2 for axis, c, r in zip(axes, centre, radii))
 
-def paint_tissues(rng:np.random.Generator, shape:tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]: # tissue, label
+def paint_tissues(rng:np.random.Generator, shape:tuple[int, int, int]
+                  ) -> tuple[np.ndarray, np.ndarray]: # tissue, label
     "Index of the tissue + 1, 0 outside the brain; label 1 necrotic, 2 oedema, 4 enhancing."
     noise = lambda cells: haze(rng, shape, cells)
-    radius = ball(shape, rng.normal(0, .02, 3), np.array((.76, .9, .8)) * np.exp(rng.normal(0, .03, 3))) + .05 * noise(8)
-    tissue = np.where(radius < 1, np.where(radius + .16 * noise(14) > .62, 2, 1), 0).astype(np.uint8)
-    for side in (-1, 1): tissue[ball(shape, (side * .13, 0, .05), (.09, .34, .16)) + .1 * noise(8) < 1] = 3
+    radii = np.array((.76, .9, .8)) * np.exp(rng.normal(0, .03, 3))
+    radius = ball(shape, rng.normal(0, .02, 3), radii) + .05 * noise(8)
+    tissue = np.where(radius < 1, np.where(radius + .16 * noise(14) > .62, 2, 1), 0)
+    for side in (-1, 1):
+        tissue[ball(shape, (side * .13, 0, .05), (.09, .34, .16)) + .1 * noise(8) < 1] = 3
     side = rng.choice((-1, 1))
     centre = np.array((side * rng.uniform(.25, .48), rng.uniform(-.5, .5), rng.uniform(-.25, .35)))
     size, label = rng.uniform(.2, .36), np.zeros(shape, np.uint8)
     field = ball(shape, centre, size * np.exp(rng.normal(0, .15, 3))) + .3 * noise(9)
-    core = ball(shape, centre, size * rng.uniform(.5, .7) * np.exp(rng.normal(0, .1, 3))) + .2 * noise(12)
+    inner = size * rng.uniform(.5, .7) * np.exp(rng.normal(0, .1, 3))
+    core = ball(shape, centre, inner) + .2 * noise(12)
     rim = rng.uniform(.3, .6)
     for where, value in ((field < 1, 2), (core < 1, 4), (core < rim, 1)):
         label[where & (radius < .97)] = value
     for value, index in ((2, 4), (1, 5), (4, 6)): tissue[label == value] = index
     return tissue, label
 
-# %% ../../nbs/data/47_brain.ipynb #b2a316a0
+# %% ../../nbs/data/47_brain.ipynb #cf84d89c
 def brain(rng:np.random.Generator, shape:tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    "Images (4,X,Y,Z) int16, in the order of MODALITIES, 0 outside the brain; label (X,Y,Z) uint8: 0, 1, 2, 4."
+    """Images (4,X,Y,Z) int16, in the order of MODALITIES, 0 outside the brain; label (X,Y,Z) uint8:
+    0, 1, 2, 4."""
     from scipy.ndimage import gaussian_filter
     tissue, label = paint_tissues(rng, shape)
     table = np.concatenate([np.zeros((4, 1)), np.array([*TISSUES.values()]).T], 1)

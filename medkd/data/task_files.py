@@ -5,7 +5,7 @@ __all__ = ['read_files', 'image_faults', 'label_faults', 'read_case', 'check_tas
            'store_case', 'store_all', 'extents', 'split_cases', 'usual_patch', 'check_patch', 'load_task',
            'native_codes', 'say_what_is_done']
 
-# %% ../../nbs/data/45_task_files.ipynb #f3e37560
+# %% ../../nbs/data/45_task_files.ipynb #b5ddce31
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,30 +20,33 @@ from .slices import split_patients
 from .stored import Stored
 from .tasks import Case, Task
 from .volume_patches import VolumePatches, Volumes
-from .volumes import Volume, grid_fault, read_label, read_volume, values_of
+from .volumes import ENDINGS, Volume, grid_fault, read_label, read_volume, values_of
 
-# %% ../../nbs/data/45_task_files.ipynb #1fdccd76
+# %% ../../nbs/data/45_task_files.ipynb #6a4444aa
 def read_files(folder:Path, case:Case, channels:int # that the image shall have
                ) -> tuple[list[Volume], Volume|None, list[Problem]]: # images, label, what is wrong
     "Every file of a case that can be read."
     stacked, found, problems = len(case.images) == 1 and channels > 1, {}, []
     for path in case.files:
         try:
-            count = channels if stacked and path != case.label else 1
-            found[path] = read_label(folder / path) if path == case.label else read_volume(folder / path, count)
+            if path == case.label: found[path] = read_label(folder / path)
+            else: found[path] = read_volume(folder / path, channels if stacked else 1)
         except FileNotFoundError: problems.append(Problem(path, "missing", f"case {case.name} needs it"))
         except ValueError as error: problems.append(Problem(path, "damaged", str(error)))
     return [found[path] for path in case.images if path in found], found.get(case.label), problems
 
-# %% ../../nbs/data/45_task_files.ipynb #137afa22
+# %% ../../nbs/data/45_task_files.ipynb #5d7fe2e0
 def image_faults(case:Case, images:list[Volume], channels:int) -> list[Problem]:
     "What is wrong with the channels of a case: their number, their grids, numbers that are none."
     count, problems = sum(len(image.pixels) for image in images), []
-    if count != channels: problems.append(Problem(case.images[0], "size", f"{count} channels, expected {channels}"))
+    if count != channels:
+        problems.append(Problem(case.images[0], "size", f"{count} channels, expected {channels}"))
     for path, image in zip(case.images, images):
-        if fault := grid_fault(image, images[0]): problems.append(Problem(path, "grid", f"{fault} ({case.images[0]})"))
-        if bad := np.count_nonzero(~np.isfinite(image.pixels)) if image.pixels.dtype.kind == "f" else 0:
-            problems.append(Problem(path, "values", f"{bad} of {image.pixels.size} voxels are NaN or infinite"))
+        if fault := grid_fault(image, images[0]):
+            problems.append(Problem(path, "grid", f"{fault} ({case.images[0]})"))
+        if bad := np.count_nonzero(~np.isfinite(image.pixels)):
+            total = f"{bad} of {image.pixels.size} voxels"
+            problems.append(Problem(path, "values", f"{total} are NaN or infinite"))
     return problems
 
 def label_faults(case:Case, image:Volume, label:Volume, task:Task) -> list[Problem]:
@@ -51,11 +54,12 @@ def label_faults(case:Case, image:Volume, label:Volume, task:Task) -> list[Probl
     fault, problems = grid_fault(label, image), []
     if fault: problems.append(Problem(case.label, "grid", f"{fault}, those of its image {case.images[0]}"))
     if strange := sorted({*values_of(label.pixels).tolist()} - task.values):
-        classes = ", ".join(map(str, sorted(task.values)))
-        problems.append(Problem(case.label, "values", f"holds {', '.join(map(str, strange[:5]))}; the classes are {classes}"))
+        several = lambda values: ", ".join(map(str, values))
+        message = f"holds {several(strange[:5])}; the classes are {several(sorted(task.values))}"
+        problems.append(Problem(case.label, "values", message))
     return problems
 
-# %% ../../nbs/data/45_task_files.ipynb #8da73d72
+# %% ../../nbs/data/45_task_files.ipynb #ab1c6e8c
 def read_case(folder:Path, case:Case, task:Task
               ) -> tuple[Volume|None, Volume|None, list[Problem]]: # image, label, None when there is any problem
     "A case with all its channels, and everything that is wrong with it."
@@ -64,10 +68,10 @@ def read_case(folder:Path, case:Case, task:Task
     if len(images) == len(case.images): problems += image_faults(case, images, channels)
     if images and label: problems += label_faults(case, images[0], label, task)
     if problems: return None, None, problems
-    image = images[0] if len(images) == 1 else replace(images[0], pixels=np.concatenate([i.pixels for i in images]))
-    return image, label, []
+    if len(images) == 1: return images[0], label, []
+    return replace(images[0], pixels=np.concatenate([i.pixels for i in images])), label, []
 
-# %% ../../nbs/data/45_task_files.ipynb #4a23fe96
+# %% ../../nbs/data/45_task_files.ipynb #e898eecc
 def check_task(name:str, folder:Path, task:Task, official:Sequence[str]=()) -> Problems:
     "Everything wrong with the files of a task; `official` cases that are absent are missing."
     first, problems = {}, []
@@ -76,21 +80,23 @@ def check_task(name:str, folder:Path, task:Task, official:Sequence[str]=()) -> P
         problems += wrong
         same = image and first.setdefault(digest(image.pixels), case.name)
         if same and same != case.name:
-            problems.append(Problem(case.images[0], "duplicate", f"case {case.name} has the image of {same}"))
+            message = f"case {case.name} has the image of {same}"
+            problems.append(Problem(case.images[0], "duplicate", message))
     absent = sorted({*official} - {case.name for case in task.cases})
     problems += [Problem(case, "missing", "this case is not here") for case in absent]
     problems += unlabelled(folder, task)
-    return Problems(name, folder, sum(len(case.files) for case in task.cases), sorted(problems, key=lambda p: p.file))
+    count = sum(len(case.files) for case in task.cases)
+    return Problems(name, folder, count, sorted(problems, key=lambda problem: problem.file))
 
 def unlabelled(folder:Path, task:Task) -> list[Problem]:
     "Label maps beside those of the task that belong to no image."
     known = {path for case in task.cases for path in case.files}
-    beside = {str(path.relative_to(folder)) for parent in {Path(case.label).parent for case in task.cases}
-              for path in (folder / parent).glob("*") if path.is_file() and path.name[0] != "."}
-    kinds = (".nii.gz", ".nii", ".png")
-    return [Problem(path, "unexpected", "it belongs to no image") for path in beside - known if path.endswith(kinds)]
+    parents = {Path(case.label).parent for case in task.cases}
+    beside = {str(path.relative_to(folder)) for parent in parents for path in (folder / parent).glob("*")
+              if path.name.endswith(ENDINGS) and path.name[0] != "."}
+    return [Problem(path, "unexpected", "it belongs to no image") for path in beside - known]
 
-# %% ../../nbs/data/45_task_files.ipynb #e95d0a83
+# %% ../../nbs/data/45_task_files.ipynb #8463d23b
 class BadCase(ValueError):
     "A case that cannot be used; `problems` says why."
     def __init__(self, problems:Sequence[Problem]):
@@ -102,18 +108,22 @@ def prepare_case(folder:Path, case:Case, task:Task, pipeline) -> dict[str, np.nd
     image, label, problems = read_case(folder, case, task)
     if problems: raise BadCase(problems)
     try: return pipeline.prepare(image, label)
-    except ValueError as error: raise BadCase([Problem(case.images[0], "values", str(error))]) from error
+    except ValueError as error:
+        raise BadCase([Problem(case.images[0], "values", str(error))]) from error
 
 def store_case(folder:Path, case:Case, task:Task, pipeline, sums:dict[str, str] # file -> sha256
                ) -> Stored:
     "A case that is prepared when it is first needed."
     files = " ".join(f"{sums[path]}" for path in case.files)
     key = f"volume 1 {pipeline!r} {sorted(task.values)} {len(task.channels)} {files}"
-    return Stored(key, partial(prepare_case, folder, replace(case, part=""), replace(task, cases=()), pipeline))
+    case, task = replace(case, part=""), replace(task, cases=())
+    return Stored(key, partial(prepare_case, folder, case, task, pipeline))
 
-# %% ../../nbs/data/45_task_files.ipynb #eac0ebef
-def store_all(name:str, folder:Path, task:Task, pipeline, sums:dict[str, str]) -> dict[str, Stored]: # case -> its arrays
-    "Every case prepared, now or before. One ValueError for all files at fault, FileNotFoundError for missing ones."
+# %% ../../nbs/data/45_task_files.ipynb #e0fe319d
+def store_all(name:str, folder:Path, task:Task, pipeline, sums:dict[str, str]
+              ) -> dict[str, Stored]: # case -> its arrays
+    """Every case prepared, now or before. One ValueError for all files at fault, or one
+    FileNotFoundError when they are missing."""
     stored = {case.name: store_case(folder, case, task, pipeline, sums) for case in task.cases}
     problems = []
     for case in stored.values():
@@ -138,18 +148,19 @@ def extents(stored:dict[str, Stored] # case -> its arrays
         raise ValueError(f"{', '.join(flat[:5])} have 2 axes, the other cases 3; leave one kind out")
     return found
 
-# %% ../../nbs/data/45_task_files.ipynb #d3275ae3
+# %% ../../nbs/data/45_task_files.ipynb #f360f306
 def split_cases(cases:Sequence[Case], seed:int=0) -> dict[str, list[Case]]: # train, val, test
     "Cases by part. ValueError when there are too few patients to draw from."
-    parts = {part: [case for case in cases if case.part == part] for part in ("train", "val", "test")}
+    parts = {part: [c for c in cases if c.part == part] for part in ("train", "val", "test")}
     drawn = [case for case in cases if not case.part]
     if not drawn: return parts
     people = split_patients([*dict.fromkeys(case.patient for case in drawn)], seed)
-    if parts["test"]: people = dict(train=[*people["train"], *people["test"]], val=people["val"], test=[])
-    for part, chosen in people.items(): parts[part] += [case for case in drawn if case.patient in chosen]
+    if parts["test"]:
+        people = dict(train=people["train"] + people["test"], val=people["val"], test=[])
+    for part, chosen in people.items(): parts[part] += [c for c in drawn if c.patient in chosen]
     return parts
 
-# %% ../../nbs/data/45_task_files.ipynb #0a389712
+# %% ../../nbs/data/45_task_files.ipynb #bcd99853
 def usual_patch(sizes:Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     "The median size in multiples of 16: at most 96 along each of three axes, 256 of two."
     top = 96 if len(sizes[0]) == 3 else 256
@@ -158,11 +169,11 @@ def usual_patch(sizes:Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 def check_patch(patch:Sequence[int], ndim:int, per_volume:int) -> tuple[int, ...]:
     "ValueError for a patch of other axes than the images', or numbers that are not positive."
     if len(patch) != ndim or min(*patch, per_volume) < 1:
-        raise ValueError(f"patch={tuple(patch)}, patches_per_volume={per_volume}; expected {ndim} positive sizes "
-                         "and a positive number")
+        raise ValueError(f"patch={tuple(patch)}, patches_per_volume={per_volume}; expected {ndim} "
+                         "positive sizes and a positive number")
     return tuple(patch)
 
-# %% ../../nbs/data/45_task_files.ipynb #db6a0746
+# %% ../../nbs/data/45_task_files.ipynb #0d4a5f18
 def load_task(name:str,           # as `verify` knows it
               folder:Path, task:Task, pipeline, # CT, Brain or ZScore
               patch:Sequence[int]|None, # None: `usual_patch`
@@ -183,7 +194,8 @@ def load_task(name:str,           # as `verify` knows it
         return kind([case.name for case in own], [stored[case.name] for case in own], pipeline,
                     [case.patient for case in own], task.regions, **more)
     truth = partial(native_codes, folder, {case.name: case.label for case in task.cases})
-    options = dict(pipeline=repr(pipeline), patch=patch, per_volume=per_volume, regions=task.regions, version=1)
+    options = dict(pipeline=repr(pipeline), patch=patch, per_volume=per_volume,
+                   regions=task.regions, version=1)
     names = {part: [case.name for case in own] for part, own in parts.items()}
     return Splits(name, data("train", VolumePatches, patch=patch, per_volume=per_volume),
                   data("val", Volumes, truth=truth), data("test", Volumes, truth=truth), task.classes,
@@ -195,7 +207,8 @@ def native_codes(folder:Path, labels:dict[str, str], # case -> relative path
     "The label map of a case as its file has it."
     return read_label(folder / labels[case]).pixels[0]
 
-def say_what_is_done(name:str, task:Task, pipeline, patch:tuple[int, ...], sizes:Sequence[tuple[int, ...]]):
+def say_what_is_done(name:str, task:Task, pipeline, patch:tuple[int, ...],
+                     sizes:Sequence[tuple[int, ...]]):
     "Print what was concluded and what happens to small volumes."
     if task.note: print(task.note)
     small = sum(any(n < d for n, d in zip(size, patch)) for size in sizes)

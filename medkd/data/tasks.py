@@ -47,22 +47,25 @@ class Task:
         if self.regions is None: return frozenset(range(len(self.classes)))
         return frozenset({0}.union(*self.regions))
 
-# %% ../../nbs/data/44_tasks.ipynb #c433521c
+# %% ../../nbs/data/44_tasks.ipynb #fcbe07be
 def parse_labels(labels:Mapping # of dataset.json
                  ) -> tuple[tuple[str, ...], Regions|None]: # classes; regions
     "Names of the classes by value. ValueError unless the values are 0, 1, ... without a gap."
-    if all(str(key).isdigit() for key in labels): labels = {name: int(key) for key, name in labels.items()}
-    if "ignore" in labels: raise ValueError("its labels include 'ignore': parts without a label are not supported")
+    if all(str(key).isdigit() for key in labels):
+        labels = {name: int(key) for key, name in labels.items()}
+    if "ignore" in labels:
+        raise ValueError("its labels include 'ignore': parts without a label are not supported")
     regions = {name: tuple(v) for name, v in labels.items() if isinstance(v, list)}
     if regions:
         named = {name: tuple(np.atleast_1d(v).tolist()) for name, v in labels.items() if v != 0}
         return tuple(named), tuple(named.values())
     classes = sorted(labels, key=labels.get)
     if [labels[name] for name in classes] != [*range(len(classes))] or len(classes) < 2:
-        raise ValueError(f"its labels have the values {sorted(labels.values())}; expected 0, 1, ... without a gap")
+        raise ValueError(f"its labels have the values {sorted(labels.values())}; expected 0, 1, ... "
+                         "without a gap")
     return tuple(classes), None
 
-# %% ../../nbs/data/44_tasks.ipynb #19a0f199
+# %% ../../nbs/data/44_tasks.ipynb #dea24ae5
 def read_description(folder:Path) -> dict|None:
     "dataset.json of a folder, None without one. ValueError when it is damaged or lacks what is needed."
     path = folder / "dataset.json"
@@ -72,22 +75,24 @@ def read_description(folder:Path) -> dict|None:
         channels = about.get("channel_names") or about["modality"]
         return about | dict(channels=tuple(map(str, channels.values())), parsed=parse_labels(about["labels"]))
     except (KeyError, AttributeError) as error:
-        raise ValueError(f"{path} has no labels, channel_names or modality of the usual kind ({error})") from error
+        raise ValueError(f"{path} has no labels, channel_names or modality of the usual kind "
+                         f"({error})") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}; mend it, or remove it to have the folder scanned") from error
 
-# %% ../../nbs/data/44_tasks.ipynb #eaddf6b4
+# %% ../../nbs/data/44_tasks.ipynb #15bfad89
 def label_values(folder:Path, labels:list[str] # relative paths of label maps
                  ) -> list[int]:
     "All values in the label maps that can be read, sorted; looked up once for the same files."
     def values(path:Path) -> np.ndarray:
         try: return values_of(read_label(path).pixels)
         except ValueError: return np.zeros(0, int)
-    def compute(): return dict(values=np.unique(np.concatenate([[0], *(values(folder / name) for name in labels)])))
+    def compute():
+        return dict(values=np.unique(np.concatenate([[0], *(values(folder / n) for n in labels)])))
     key = "label values 1 " + " ".join(checksums(folder, labels).values())
     return cached(key, compute)["values"].astype(int).tolist()
 
-# %% ../../nbs/data/44_tasks.ipynb #538fe38e
+# %% ../../nbs/data/44_tasks.ipynb #3f5854ff
 def scanned(folder:Path, labels:list[str], channels:int, known:tuple[str, ...]=() # names for 0, 1, ...
             ) -> dict: # classes, channels, note
     "Classes and channels of a folder without a dataset.json, and what to say about it."
@@ -95,8 +100,8 @@ def scanned(folder:Path, labels:list[str], channels:int, known:tuple[str, ...]=(
     top = max(1, *values)
     fits = len(known) == top + 1
     classes = known if fits else ("background", *(f"label {value}" for value in range(1, top + 1)))
-    note = (f"{folder.name}: no dataset.json here; {len(labels)} labelled cases and {channels} channel"
-            f"{'s' * (channels > 1)} were found by file, classes {', '.join(classes)} by the values "
+    note = (f"{folder.name}: no dataset.json here; {len(labels)} labelled cases and {channels} "
+            f"channel{'s' * (channels > 1)} were found by file, classes {', '.join(classes)} by the values "
             f"{', '.join(map(str, values))}{'' if fits else '; their names are unknown'}")
     return dict(classes=tuple(classes), channels=tuple(f"channel {i}" for i in range(channels)), note=note)
 
@@ -109,7 +114,7 @@ def pair_of(case:str # hippocampus_007
     "The person of a hippocampus: both sides have the same."
     return f"person {(int(case.rpartition('_')[2]) + 1) // 2}"
 
-# %% ../../nbs/data/44_tasks.ipynb #8b7d110f
+# %% ../../nbs/data/44_tasks.ipynb #f70db667
 def listed(folder:Path, part:str, # a folder in it
            ending:str) -> dict[str, str]: # name without the ending -> path relative to `folder`
     "Files of a part, those that begin with a dot (archives of other systems hold some) left out."
@@ -122,7 +127,8 @@ def find_msd(folder:Path, patient:str="" # as in `find_nnunet`
     about = read_description(folder)
     images, labels = (listed(folder, part, ".nii.gz") for part in ("imagesTr", "labelsTr"))
     if about and about.get("training"): # what it lists must be there
-        rows = [{key: str(row[key]).removeprefix("./") for key in ("image", "label")} for row in about["training"]]
+        rows = [{key: str(row[key]).removeprefix("./") for key in ("image", "label")}
+                for row in about["training"]]
         images = {Path(row["image"]).name.removesuffix(".nii.gz"): row["image"] for row in rows}
         labels = {name: row["label"] for name, row in zip(images, rows)}
     if not images: raise FileNotFoundError(f"no images in {folder}/imagesTr (<case>.nii.gz)")
@@ -131,21 +137,23 @@ def find_msd(folder:Path, patient:str="" # as in `find_nnunet`
                   for name, image in images.items())
     if about: return Task(cases, about["parsed"][0], about["channels"], about["parsed"][1])
     found = [case.label for case in cases if (folder / case.label).exists()]
-    return Task(cases, **scanned(folder, found, count_channels(folder / cases[0].images[0]), KNOWN.get(folder.name, ())))
+    channels = count_channels(folder / cases[0].images[0])
+    return Task(cases, **scanned(folder, found, channels, KNOWN.get(folder.name, ())))
 
 def count_channels(path:Path) -> int:
     "Channels of an image; 1 when it cannot be read."
     try: return len(read_volume(path, channels=None).pixels)
     except (ValueError, OSError): return 1
 
-# %% ../../nbs/data/44_tasks.ipynb #1e3209ca
-def find_nnunet(folder:Path, patient:str="" # regular expression: what it matches in a case's name says whose it is
+# %% ../../nbs/data/44_tasks.ipynb #f40b3d04
+def find_nnunet(folder:Path, patient:str="" # regular expression: the part of a case's name that says whose it is
                 ) -> Task:
     "A raw folder of nnU-Net. FileNotFoundError without images, ValueError for a damaged dataset.json."
     about = read_description(folder)
     if about and "dataset" in about:
-        raise ValueError(f"{folder}/dataset.json lists its files under 'dataset'; expected imagesTr and labelsTr")
-    ending = about["file_ending"] if about and "file_ending" in about else common_ending(folder / "imagesTr")
+        raise ValueError(f"{folder}/dataset.json lists its files under 'dataset'; expected imagesTr "
+                         "and labelsTr")
+    ending = (about or {}).get("file_ending") or common_ending(folder / "imagesTr")
     if ending not in ENDINGS:
         raise ValueError(f"{folder}: files end in {ending!r}; {', '.join(ENDINGS)} can be read")
     person, cases = patient_by(patient), []
@@ -153,8 +161,9 @@ def find_nnunet(folder:Path, patient:str="" # regular expression: what it matche
         labels, channels = listed(folder, f"labels{part}", ending), {}
         for name, path in listed(folder, f"images{part}", ending).items():
             channels.setdefault(re.sub(r"_\d{4}$", "", name), []).append(path)
-        cases += [Case(name, tuple(images), labels.get(name, f"labels{part}/{name}{ending}"), person(name), role)
-                  for name, images in channels.items() if part == "Tr" or name in labels]
+        wanted = {name: images for name, images in channels.items() if part == "Tr" or name in labels}
+        cases += [Case(name, tuple(images), labels.get(name, f"labels{part}/{name}{ending}"),
+                       person(name), role) for name, images in wanted.items()]
     if not cases: raise FileNotFoundError(f"no images in {folder}/imagesTr (<case>_0000{ending})")
     if about: return Task(tuple(cases), about["parsed"][0], about["channels"], about["parsed"][1])
     labels, first = [case.label for case in cases if (folder / case.label).exists()], cases[0].images
@@ -164,7 +173,8 @@ def find_nnunet(folder:Path, patient:str="" # regular expression: what it matche
 def common_ending(folder:Path) -> str:
     "How most files of a folder end."
     names = [path.name for path in folder.glob("*") if not path.name.startswith(".")]
-    return Counter(re.search(r"(\.nii)?\.[^.]*$|$", name)[0] for name in names).most_common(1)[0][0] if names else ENDINGS[0]
+    endings = Counter(re.search(r"(\.nii)?\.[^.]*$|$", name)[0] for name in names)
+    return endings.most_common(1)[0][0] if names else ENDINGS[0]
 
 def patient_by(pattern:str) -> Callable[[str], str]:
     "Whose a case is, by its name. ValueError for a case that the pattern does not match."

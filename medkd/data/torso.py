@@ -62,9 +62,9 @@ def paint_lungs(art:Painting, radius:np.ndarray):
     art.paint(chest & (space.blob((0, .5, 0), (.17, .5, 1e6)) < 1), 40, 10)
     art.organ((.12, -.35, 1.02), (.46, .48, .24), 40, 105)
 
-# %% ../../nbs/data/46_torso.ipynb #11b427e3
-def paint_organs(art:Painting, radius:np.ndarray) -> np.ndarray: # (Z,H,W) uint8: place in ORGANS + 1, 0 none
-    "Every organ where it usually is, more or less; says which voxel belongs to which."
+# %% ../../nbs/data/46_torso.ipynb #0d2738fb
+def paint_organs(art:Painting, radius:np.ndarray) -> np.ndarray: # (Z,H,W) uint8
+    "Every organ where it usually is, more or less; gives its place in ORGANS + 1, 0 elsewhere."
     rng, space = art.rng, art.space
     found = np.zeros(space.shape, np.uint8)
     fade = art.hu + 7 * haze(rng, space.shape, 16)
@@ -77,7 +77,7 @@ def paint_organs(art:Painting, radius:np.ndarray) -> np.ndarray: # (Z,H,W) uint8
     art.hu[gas & (fade > -88)] = -850
     return found
 
-# %% ../../nbs/data/46_torso.ipynb #7999850c
+# %% ../../nbs/data/46_torso.ipynb #106e3d93
 def torso(rng:np.random.Generator, shape:tuple[int, int, int], # (Z,H,W)
           labels:dict[str, int],    # organ -> its value in the label map
           low:float=-1.             # where the scan begins, of -1 (hips) to 1 (lungs)
@@ -96,6 +96,8 @@ def torso(rng:np.random.Generator, shape:tuple[int, int, int], # (Z,H,W)
     paint_spine(art)
     paint_hips(art)
     table = np.array([0, *(labels.get(JOINED.get(name, name), 0) for name in ORGANS)], np.uint8)
-    spine = (space.blob((0, .6, 0), (.2, .4, 1e6)) < 1) & ~np.isin(found, [len(ORGANS), len(ORGANS) - 1])
-    return dict(hu=expose(art, TORSO, field), label=np.where(spine & (art.hu > 80), 0, table[found]),
-                spacing=((1 - low) * half[2] / shape[0], 2 * field / shape[2], 2 * field / shape[2]))
+    vessel = np.isin(found, [len(ORGANS), len(ORGANS) - 1])
+    spine = (space.blob((0, .6, 0), (.2, .4, 1e6)) < 1) & ~vessel & (art.hu > 80)
+    step = 2 * field / shape[2]
+    return dict(hu=expose(art, TORSO, field), label=np.where(spine, 0, table[found]),
+                spacing=((1 - low) * half[2] / shape[0], step, step))

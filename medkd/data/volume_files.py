@@ -18,15 +18,17 @@ from .tasks import HIPPOCAMPUS, Case, Task, listed, pair_of
 from .torso import torso
 from .volumes import nifti_bytes
 
-# %% ../../nbs/data/48_volume_files.ipynb #4ff2b298
-BTCV = ("background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
-        "inferior vena cava", "portal and splenic vein", "pancreas", "right adrenal", "left adrenal")
-WORD = ("background", "liver", "spleen", "left kidney", "right kidney", "stomach", "gallbladder", "esophagus",
-        "pancreas", "duodenum", "colon", "intestine", "adrenal", "rectum", "bladder", "left femoral head", "right femoral head")
+# %% ../../nbs/data/48_volume_files.ipynb #8b5d211f
+BTCV = ("background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver",
+        "stomach", "aorta", "inferior vena cava", "portal and splenic vein", "pancreas",
+        "right adrenal", "left adrenal")
+WORD = ("background", "liver", "spleen", "left kidney", "right kidney", "stomach", "gallbladder",
+        "esophagus", "pancreas", "duodenum", "colon", "intestine", "adrenal", "rectum", "bladder",
+        "left femoral head", "right femoral head")
 BRATS = ("tumour core", "whole tumour", "enhancing tumour")
 REGIONS = ((1, 4), (1, 2, 4), (4,)) # label values: 1 necrotic, 2 oedema, 4 enhancing
 
-# %% ../../nbs/data/48_volume_files.ipynb #4f828751
+# %% ../../nbs/data/48_volume_files.ipynb #82a1a284
 def btcv_parts() -> dict[str, str]: # case -> part
     "The 24 and 6 cases of Swin UNETR's list, three of the 24 for validation."
     parts = json.loads(files("medkd.data").joinpath("btcv.json").read_text())
@@ -36,10 +38,11 @@ def find_btcv(folder:Path, cases:Sequence[str]|None=None # those of a twin; None
               ) -> Task:
     "BTCV's `RawData`."
     parts = btcv_parts()
-    known = lambda case: Case(case, (f"Training/img/img{case}.nii.gz",), f"Training/label/label{case}.nii.gz", case, parts[case])
-    return Task(tuple(map(known, cases or sorted(parts))), BTCV, ("CT",))
+    found = [Case(case, (f"Training/img/img{case}.nii.gz",), f"Training/label/label{case}.nii.gz",
+                  case, parts[case]) for case in cases or sorted(parts)]
+    return Task(tuple(found), BTCV, ("CT",))
 
-# %% ../../nbs/data/48_volume_files.ipynb #3faf17bd
+# %% ../../nbs/data/48_volume_files.ipynb #957c3bc6
 def find_word(folder:Path, cases:Sequence[str]|None=None) -> Task:
     "WORD's three official parts, whatever is there of them."
     found = []
@@ -52,7 +55,8 @@ def find_brats(folder:Path, cases:Sequence[str]|None=None) -> Task:
     "The cases of BraTS 2021, sorted; every fifth tests, every twentieth validates."
     names = sorted(path.name for path in folder.glob("BraTS2021_*") if path.is_dir())
     part = lambda i: "test" if i % 5 == 4 else "val" if i % 20 == 3 else "train"
-    found = [Case(name, tuple(f"{name}/{name}_{m}.nii.gz" for m in MODALITIES), f"{name}/{name}_seg.nii.gz", name, part(i))
+    images = lambda name: tuple(f"{name}/{name}_{modality}.nii.gz" for modality in MODALITIES)
+    found = [Case(name, images(name), f"{name}/{name}_seg.nii.gz", name, part(i))
              for i, name in enumerate(names)]
     return Task(tuple(found), BRATS, MODALITIES, REGIONS)
 
@@ -73,7 +77,7 @@ def put_scan(rng:np.random.Generator, scan:dict, # of `torso`
         values = values.transpose(2, 1, 0)
         put(path, apply_orientation(values, turn), affine @ inv_ornt_aff(turn, values.shape))
 
-# %% ../../nbs/data/48_volume_files.ipynb #e19b5b10
+# %% ../../nbs/data/48_volume_files.ipynb #9c07dbcc
 def generator(name:str, case:str, seed:int) -> np.random.Generator:
     "A case depends on its name and the seed alone."
     return np.random.default_rng([seed, *f"{name} {case}".encode()])
@@ -88,7 +92,8 @@ def write_btcv(folder:Path, cases:Sequence[str], size:tuple[int, int, int], # (Z
         if case not in parts: raise unknown("case", case, parts)
         rng = generator("btcv", case, seed)
         scan = torso(rng, size, labels, low=rng.uniform(-.3, -.1))
-        put_scan(rng, scan, folder / f"Training/img/img{case}.nii.gz", folder / f"Training/label/label{case}.nii.gz")
+        put_scan(rng, scan, folder / f"Training/img/img{case}.nii.gz",
+                 folder / f"Training/label/label{case}.nii.gz")
 
 def write_word(folder:Path, cases:Sequence[str], # "train/word_0002", ...
                size:tuple[int, int, int], seed:int):
@@ -100,10 +105,10 @@ def write_word(folder:Path, cases:Sequence[str], # "train/word_0002", ...
         part, _, name = case.partition("/")
         if part not in places or not name: raise unknown("part of a case", case, places)
         rng = generator("word", case, seed)
-        images, labelled = (folder / f"{kind}{places[part]}" / f"{name}.nii.gz" for kind in ("images", "labels"))
-        put_scan(rng, torso(rng, size, labels), images, labelled)
+        paths = [folder / f"{kind}{places[part]}/{name}.nii.gz" for kind in ("images", "labels")]
+        put_scan(rng, torso(rng, size, labels), *paths)
 
-# %% ../../nbs/data/48_volume_files.ipynb #78a9551a
+# %% ../../nbs/data/48_volume_files.ipynb #bc94e6c8
 def write_brats(folder:Path, cases:Sequence[str], size:tuple[int, int, int], # (X,Y,Z)
                 seed:int):
     "A twin of BraTS 2021."
@@ -118,21 +123,24 @@ def write_nnunet(folder:Path, cases:Sequence[str], size:tuple[int, int, int], se
     "A twin of an nnU-Net raw folder: the tumours of BraTS in two modalities, labels 0 to 3."
     for case in cases:
         images, label = brain(generator("nnunet", case, seed), size)
-        for channel, k in enumerate((2, 0)): put(folder / f"imagesTr/{case}_{channel:04d}.nii.gz", images[k], np.diag([3., 3, 4, 1]))
-        put(folder / f"labelsTr/{case}.nii.gz", np.where(label == 4, 3, label).astype(np.uint8), np.diag([3., 3, 4, 1]))
-    about = dict(channel_names={"0": "FLAIR", "1": "T1ce"}, labels=dict(background=0, necrotic=1, oedema=2, enhancing=3),
-                 numTraining=len(cases), file_ending=".nii.gz")
+        affine, label = np.diag([3., 3, 4, 1]), np.where(label == 4, 3, label).astype(np.uint8)
+        for channel, k in enumerate((2, 0)):
+            put(folder / f"imagesTr/{case}_{channel:04d}.nii.gz", images[k], affine)
+        put(folder / f"labelsTr/{case}.nii.gz", label, affine)
+    about = dict(channel_names={"0": "FLAIR", "1": "T1ce"}, numTraining=len(cases),
+                 labels=dict(background=0, necrotic=1, oedema=2, enhancing=3), file_ending=".nii.gz")
     (folder / "dataset.json").write_text(json.dumps(about, indent=1))
 
 def write_hippocampi(folder:Path, cases:Sequence[str], size:tuple[int, int, int], # about that
                      seed:int):
     "A twin of the Decathlon's hippocampi; grey values have a scale for each person."
-    rows = [dict(image=f"./imagesTr/{case}.nii.gz", label=f"./labelsTr/{case}.nii.gz") for case in cases]
+    rows = [dict(image=f"./imagesTr/{case}.nii.gz", label=f"./labelsTr/{case}.nii.gz")
+            for case in cases]
     for case, row in zip(cases, rows):
         rng, scanner = generator(HIPPOCAMPUS, case, seed), generator(HIPPOCAMPUS, pair_of(case), seed)
         shape = tuple(int(n + rng.integers(-3, 4)) for n in size)
         image, label = hippocampus(rng, float(scanner.lognormal(0, 1)), shape)
         for path, pixels in zip(row.values(), (image, label)): put(folder / path, pixels, np.eye(4))
-    about = dict(name="Hippocampus", modality={"0": "MRI"}, labels={"0": "background", "1": "Anterior", "2": "Posterior"},
-                 numTraining=len(cases), training=rows, test=[])
+    about = dict(name="Hippocampus", modality={"0": "MRI"}, numTraining=len(cases), training=rows,
+                 labels={"0": "background", "1": "Anterior", "2": "Posterior"}, test=[])
     (folder / "dataset.json").write_text(json.dumps(about, indent=1))

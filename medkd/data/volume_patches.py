@@ -39,7 +39,7 @@ class Geometry(NamedTuple):
         steps = np.linalg.norm((self.affine if native else self.grid)[:3, :3], axis=0)
         return tuple(steps[:len(self.extent)].tolist()) if self.known else None
 
-# %% ../../nbs/data/43_volume_patches.ipynb #f1b054f7
+# %% ../../nbs/data/43_volume_patches.ipynb #0f8e82b4
 class Volumes:
     """Whole cases as a network sees them: image (C,*S) float32, label (*S) int64 or (K,*S) of regions,
     case, spacing (mm of this grid, where it is known)."""
@@ -55,8 +55,8 @@ class Volumes:
 
     def __getitem__(self, index:int) -> dict:
         arrays = self.stored[index].arrays()
-        spacing = geometry(arrays).spacing(native=False)
-        return self.item(index, *self.pipeline.whole(arrays)) | ({} if spacing is None else dict(spacing=spacing))
+        item, spacing = self.item(index, *self.pipeline.whole(arrays)), geometry(arrays).spacing(native=False)
+        return item if spacing is None else item | dict(spacing=spacing)
 
     def item(self, index:int, image:np.ndarray, # (C,*S)
              codes:np.ndarray) -> dict: # (*S)
@@ -79,14 +79,15 @@ class Volumes:
         codes = self.truth(case).reshape(place.shape[:len(place.extent)])
         return dict(label=as_classes(codes, self.regions), spacing=place.spacing(), affine=place.affine)
 
-# %% ../../nbs/data/43_volume_patches.ipynb #1ad0e473
+# %% ../../nbs/data/43_volume_patches.ipynb #ddba8781
 def geometry(arrays:dict # from `stored_case`
              ) -> Geometry:
     "The grids of a stored case."
-    return Geometry(tuple(arrays["shape"].tolist()), np.array(arrays["affine"]), tuple(arrays["extent"].tolist()),
-                    np.array(arrays["grid"]), bool(arrays["known"]))
+    shape, extent = (tuple(arrays[key].tolist()) for key in ("shape", "extent"))
+    affine, grid = (np.array(arrays[key]) for key in ("affine", "grid"))
+    return Geometry(shape, affine, extent, grid, bool(arrays["known"]))
 
-# %% ../../nbs/data/43_volume_patches.ipynb #fa4b8b0a
+# %% ../../nbs/data/43_volume_patches.ipynb #81908092
 class VolumePatches(Volumes):
     """Random patches of labelled volumes. `sample(index, rng)` draws from `rng` alone; `self[index]` is one
     of them, always the same. What is smaller than a patch gets zeros on both sides."""
@@ -110,4 +111,5 @@ class VolumePatches(Volumes):
 
     def order(self, rng:np.random.Generator) -> np.ndarray:
         "The indices of an epoch: volumes shuffled, the patches of each together."
-        return (rng.permutation(len(self.cases))[:, None] * self.per_volume + np.arange(self.per_volume)).ravel()
+        volumes = rng.permutation(len(self.cases))[:, None]
+        return (volumes * self.per_volume + np.arange(self.per_volume)).ravel()

@@ -17,7 +17,7 @@ from .tasks import HIPPOCAMPUS, Task, find_msd, find_nnunet
 from .volume_files import (btcv_parts, find_brats, find_btcv, find_word, write_brats, write_btcv,
                                      write_hippocampi, write_nnunet, write_word)
 
-# %% ../../nbs/data/49_volume_sets.ipynb #919b6419
+# %% ../../nbs/data/49_volume_sets.ipynb #512abcd2
 @dataclass(frozen=True)
 class Layout:
     "Where the cases of a data set lie."
@@ -29,13 +29,16 @@ class Layout:
 def find_all(layout:Layout, folder:Path, cases:Sequence[str]|None, hold_out:bool=True) -> Task:
     "The cases that are there; FileNotFoundError when a part is empty or a twin lacks some."
     task = layout.find(folder, cases)
-    if not hold_out: task = replace(task, cases=tuple(replace(c, part="train") if c.part == "val" else c for c in task.cases))
+    if not hold_out:
+        used = [replace(c, part="train") if c.part == "val" else c for c in task.cases]
+        task = replace(task, cases=tuple(used))
     absent = {case.rpartition("/")[2] for case in cases or ()} - {case.name for case in task.cases}
     empty = {"train", "test"} - {case.part for case in task.cases}
     if absent or empty:
-        what = f"cases {', '.join(sorted(absent))} are" if absent else f"no cases for {' and '.join(sorted(empty))} are"
-        raise FileNotFoundError(f"{what} in {folder} ({layout.where}); copy it again (python -m medkd verify "
-                                f"{'phantom:' * (cases is not None)}{layout.name} lists what is wrong)")
+        gone = f"without {', '.join(sorted(absent))}" if absent else f"no case to {' or '.join(empty)}"
+        name = f"{'phantom:' * (cases is not None)}{layout.name}"
+        raise FileNotFoundError(f"{folder} is incomplete: {gone} ({layout.where}); copy it again "
+                                f"(python -m medkd verify {name} lists what is wrong)")
     return task
 
 # %% ../../nbs/data/49_volume_sets.ipynb #d0c18065
@@ -45,7 +48,7 @@ def check_spacing(spacing:Sequence[float]) -> tuple[float, ...]:
     if len(spacing) in (2, 3) and min(spacing) > 0: return spacing
     raise ValueError(f"spacing={spacing}; expected a positive number of mm for each axis")
 
-# %% ../../nbs/data/49_volume_sets.ipynb #8767ab59
+# %% ../../nbs/data/49_volume_sets.ipynb #60885bad
 def load_ct(layout:Layout, folder:Path, cases:Sequence[str]|None=None,
             spacing:tuple=(1.5, 1.5, 2.), # mm, of the network's voxels
             patch:tuple=(96, 96, 96),     # voxels
@@ -53,13 +56,15 @@ def load_ct(layout:Layout, folder:Path, cases:Sequence[str]|None=None,
             hold_out:bool=True) -> Splits: # some training cases choose the checkpoint
     "The splits of a CT set, prepared once and cached. Errors name the files at fault."
     name = layout.name if cases is None else f"phantom:{layout.name}"
-    return load_task(name, folder, find_all(layout, folder, cases, hold_out), CT(check_spacing(spacing)), patch, patches_per_volume)
+    task, pipeline = find_all(layout, folder, cases, hold_out), CT(check_spacing(spacing))
+    return load_task(name, folder, task, pipeline, patch, patches_per_volume)
 
 def load_brats(layout:Layout, folder:Path, cases:Sequence[str]|None=None, patch:tuple=(96, 96, 96),
                patches_per_volume:int=1, hold_out:bool=True) -> Splits:
     "The splits of BraTS, classes as masks (K,*S); arguments as `load_ct`."
     name = layout.name if cases is None else f"phantom:{layout.name}"
-    return load_task(name, folder, find_all(layout, folder, cases, hold_out), Brain(), patch, patches_per_volume)
+    task = find_all(layout, folder, cases, hold_out)
+    return load_task(name, folder, task, Brain(), patch, patches_per_volume)
 
 def check_layout(layout:Layout, folder:Path, cases:Sequence[str]|None=None) -> Problems:
     "Everything wrong with the files of a data set."
@@ -67,14 +72,15 @@ def check_layout(layout:Layout, folder:Path, cases:Sequence[str]|None=None) -> P
     names = [case.rpartition("/")[2] for case in cases or ()] or ([] if cases else layout.official())
     return check_task(layout.name, folder, task, names if task.cases else ["all cases"])
 
-# %% ../../nbs/data/49_volume_sets.ipynb #873a89f6
+# %% ../../nbs/data/49_volume_sets.ipynb #a4601163
 GREYS = ("auto", "ct", "zscore")
 
 def choose_pipeline(task:Task, grey:str, window:tuple, spacing:tuple|None):
     "`grey`; for auto CT where dataset.json says that, else z-scores. ValueError for another word."
     if grey not in GREYS: raise ValueError(f"grey={grey!r}; expected {', '.join(GREYS)}")
     spacing = spacing and check_spacing(spacing)
-    if grey == "auto": grey = "ct" if {name.lower() for name in task.channels} == {"ct"} else "zscore"
+    says_ct = {name.lower() for name in task.channels} == {"ct"}
+    if grey == "auto": grey = "ct" if says_ct else "zscore"
     return CT(spacing, tuple(map(float, window))) if grey == "ct" else ZScore(spacing)
 
 def load_folder(name:str, find:Callable, folder:Path, cases:Sequence[str]|None=None,
@@ -83,7 +89,7 @@ def load_folder(name:str, find:Callable, folder:Path, cases:Sequence[str]|None=N
                 patches_per_volume:int=4,   # in an epoch
                 grey:str="auto",            # "ct" (window to 0..1), "zscore"; auto: as dataset.json says
                 window:tuple=(-175., 250.), # of "ct", HU
-                patient:str="",             # regular expression: the part of a case's name that says whose it is
+                patient:str="",             # see `find_nnunet`: whose a case is, by its name
                 split_seed:int=0) -> Splits:
     "The splits of a folder, prepared once and cached; patients are drawn. Errors name the files at fault."
     task = find(folder, patient)
@@ -95,43 +101,48 @@ def check_folder(name:str, find:Callable, folder:Path, cases:Sequence[str]|None=
     "Everything wrong with the files of a folder."
     return check_task(name, folder, find(folder), cases or ())
 
-# %% ../../nbs/data/49_volume_sets.ipynb #155363b3
+# %% ../../nbs/data/49_volume_sets.ipynb #a6dab0e2
 CT_TWIN = (40, 64, 64)
 BRATS_CASES = tuple(f"BraTS2021_{n:05d}" for n in (0, 2, 3, 5, 6, 8, 9, 11, 12, 14))
 
-def fixed_source(layout:Layout, load:Callable, write:Callable, cases:Sequence[str], size:tuple, **facts) -> Source:
+def fixed_source(layout:Layout, load:Callable, **facts) -> Source:
     "The entry of a set with an official layout."
-    return Source(layout.name, loader=partial(load, layout), checker=partial(check_layout, layout), writer=write,
-                  cases=tuple(cases), size=size, **facts)
+    return Source(layout.name, loader=partial(load, layout), checker=partial(check_layout, layout),
+                  **facts)
 
-def folder_source(name:str, find:Callable, write:Callable, cases:Sequence[str], size:tuple, **facts) -> Source:
+def folder_source(name:str, find:Callable, **facts) -> Source:
     "The entry of a kind of folder."
-    return Source(name, loader=partial(load_folder, name, find), checker=partial(check_folder, name, find), writer=write,
-                  cases=tuple(cases), size=size, **facts)
+    return Source(name, loader=partial(load_folder, name, find),
+                  checker=partial(check_folder, name, find), **facts)
 
-# %% ../../nbs/data/49_volume_sets.ipynb #7db8ee38
+# %% ../../nbs/data/49_volume_sets.ipynb #51bfb8a9
 SOURCES = (
     fixed_source(
-        Layout("btcv", find_btcv, "Training/{img/img0001.nii.gz, label/label0001.nii.gz}", btcv_parts), load_ct,
-        write_btcv, ("0001", "0002", "0003", "0004", "0005", "0006", "0032", "0035", "0036"), CT_TWIN, title="BTCV",
-        folder="BTCV/RawData", page="https://www.synapse.org/#!Synapse:syn3193805",
-        terms="an account and the agreement to its terms are needed", task="13 abdominal organs in CT"),
+        Layout("btcv", find_btcv, "Training/{img/img0001.nii.gz, label/label0001.nii.gz}", btcv_parts),
+        load_ct, writer=write_btcv, title="BTCV", folder="BTCV/RawData", size=CT_TWIN,
+        cases=("0001", "0002", "0003", "0004", "0005", "0006", "0032", "0035", "0036"),
+        page="https://www.synapse.org/#!Synapse:syn3193805", task="13 abdominal organs in CT",
+        terms="an account and the agreement to its terms are needed"),
     fixed_source(
-        Layout("word", find_word, "{imagesTr,labelsTr,imagesVal,...}/word_0001.nii.gz"), load_ct, write_word,
-        (*(f"train/word_{n:04d}" for n in range(1, 7)), "val/word_0007", "test/word_0008", "test/word_0009"), CT_TWIN,
-        title="WORD", folder="WORD-V0.1.0", page="https://github.com/HiLab-git/WORD", terms="academic use",
+        Layout("word", find_word, "{imagesTr,labelsTr,imagesVal,...}/word_0001.nii.gz"),
+        load_ct, writer=write_word, title="WORD", folder="WORD-V0.1.0", size=CT_TWIN,
+        cases=(*(f"train/word_{n:04d}" for n in range(1, 7)), "val/word_0007", "test/word_0008",
+               "test/word_0009"), page="https://github.com/HiLab-git/WORD", terms="academic use",
         task="16 organs of the whole abdomen in CT"),
     fixed_source(
-        Layout("brats21", find_brats, "BraTS2021_00000/BraTS2021_00000_{flair,t1,t1ce,t2,seg}.nii.gz"), load_brats,
-        write_brats, BRATS_CASES, (60, 60, 40), title="BraTS 2021",
-        folder="RSNA_ASNR_MICCAI_BraTS2021_TrainingData", page="https://www.synapse.org/#!Synapse:syn25829067",
-        terms="an account and the agreement to its terms are needed", task="nested regions of gliomas in four MR modalities"),
+        Layout("brats21", find_brats, "BraTS2021_00000/BraTS2021_00000_{flair,t1,t1ce,t2,seg}.nii.gz"),
+        load_brats, writer=write_brats, title="BraTS 2021", size=(60, 60, 40), cases=BRATS_CASES,
+        folder="RSNA_ASNR_MICCAI_BraTS2021_TrainingData",
+        page="https://www.synapse.org/#!Synapse:syn25829067",
+        terms="an account and the agreement to its terms are needed",
+        task="nested regions of gliomas in four MR modalities"),
     folder_source(
-        "msd", find_msd, write_hippocampi,
-        [f"hippocampus_{n:03d}" for n in range(1, 17)], (35, 50, 35), title="the Medical Segmentation Decathlon (task=)",
-        folder=HIPPOCAMPUS, named_by="task", page="http://medicaldecathlon.com", terms="open, CC BY-SA 4.0",
-        task="any of its tasks; hippocampi in MR unless told otherwise"),
+        "msd", find_msd, writer=write_hippocampi, size=(35, 50, 35),
+        cases=tuple(f"hippocampus_{n:03d}" for n in range(1, 17)), folder=HIPPOCAMPUS, named_by="task",
+        title="the Medical Segmentation Decathlon (task=)", page="http://medicaldecathlon.com",
+        terms="open, CC BY-SA 4.0", task="any of its tasks; hippocampi in MR unless told otherwise"),
     folder_source(
-        "nnunet", find_nnunet, write_nnunet, [f"case_{n:03d}" for n in range(8)], (48, 48, 32),
-        title="a raw folder of nnU-Net (folder=)", folder="Dataset900_Phantom", named_by="folder",
-        page="https://github.com/MIC-DKFZ/nnUNet", terms="those of its data", task="whatever its dataset.json says"))
+        "nnunet", find_nnunet, writer=write_nnunet, size=(48, 48, 32),
+        cases=tuple(f"case_{n:03d}" for n in range(8)), folder="Dataset900_Phantom", named_by="folder",
+        title="a raw folder of nnU-Net (folder=)", page="https://github.com/MIC-DKFZ/nnUNet",
+        terms="those of its data", task="whatever its dataset.json says"))

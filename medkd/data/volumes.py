@@ -66,7 +66,7 @@ def read_header(data:bytes):
                              "numbers, mend its header")
     return header
 
-# %% ../../nbs/data/40_volumes.ipynb #0c0499fa
+# %% ../../nbs/data/40_volumes.ipynb #1d3bce41
 def read_nifti_volume(path:Path, channels:int|None=1 # as a fourth axis; None: any number
                       ) -> Volume:
     "A 2-D, 3-D or, of several channels, 4-D NIfTI file. ValueError when it is damaged or something else."
@@ -76,8 +76,9 @@ def read_nifti_volume(path:Path, channels:int|None=1 # as a fourth axis; None: a
     while len(shape) > 3 and shape[-1] == 1: shape = shape[:-1]
     spatial, count = shape[:3], shape[3] if len(shape) == 4 else 1
     if len(shape) not in (2, 3, 4) or channels not in (None, count) or min(shape) < 1:
-        wanted = "one volume (3 axes)" if channels == 1 else f"{channels or 'several'} channels as a fourth axis"
-        raise ValueError(f"its shape is {full}; expected {wanted}")
+        several = f"{channels or 'several'} channels as a fourth axis"
+        raise ValueError(f"its shape is {full}; expected "
+                         f"{'one volume (3 axes)' if channels == 1 else several}")
     flat = len(spatial) == 2 or spatial[2] == 1
     pixels = read_voxels(data, header).reshape(*spatial[:2 if flat else 3], count)
     return Volume(np.moveaxis(pixels, -1, 0), header.get_best_affine(), spatial)
@@ -86,15 +87,19 @@ def read_voxels(data:bytes, header) -> np.ndarray:
     "The numbers of a NIfTI file, scaled as it says. ValueError when some are absent."
     shape, dtype, start = header.get_data_shape(), header.get_data_dtype(), int(header.get_data_offset())
     size = int(np.prod(shape)) * dtype.itemsize
-    if len(data) < start + size: raise ValueError(f"cannot be read (it ends after {len(data)} of {start + size} bytes)")
-    values = plain_numbers(np.frombuffer(data, dtype, int(np.prod(shape)), start).reshape(shape, order="F"))
-    slope, shift = (float(x) if np.isfinite(x) else d for x, d in ((header["scl_slope"], 1.), (header["scl_inter"], 0.)))
+    if len(data) < start + size:
+        raise ValueError(f"cannot be read (it ends after {len(data)} of {start + size} bytes)")
+    values = np.frombuffer(data, dtype, int(np.prod(shape)), start).reshape(shape, order="F")
+    values, usual = plain_numbers(values), dict(scl_slope=1., scl_inter=0.)
+    slope, shift = (float(header[k]) if np.isfinite(header[k]) else x for k, x in usual.items())
     return values if slope == 0 or (slope, shift) == (1, 0) else (values * slope + shift).astype(np.float32)
 
 def plain_numbers(pixels:np.ndarray) -> np.ndarray:
-    "The same in this machine's byte order; floats as float32. ValueError for colours and complex numbers."
-    if pixels.dtype.kind not in "uifb": raise ValueError(f"its voxels are {pixels.dtype}, expected numbers")
-    return pixels.astype(np.float32 if pixels.dtype.kind == "f" else pixels.dtype.newbyteorder("="), copy=False)
+    "In this machine's byte order, floats as float32. ValueError for colours and complex numbers."
+    if pixels.dtype.kind not in "uifb":
+        raise ValueError(f"its voxels are {pixels.dtype}, expected numbers")
+    wanted = np.float32 if pixels.dtype.kind == "f" else pixels.dtype.newbyteorder("=")
+    return pixels.astype(wanted, copy=False)
 
 # %% ../../nbs/data/40_volumes.ipynb #e1faab8e
 def read_picture(path:Path) -> Volume:
@@ -117,11 +122,12 @@ def read_volume(path:Path, channels:int|None=1 # of a NIfTI file; None: any numb
     if path.name.endswith(ENDINGS): return read_nifti_volume(path, channels)
     raise ValueError(f"is no {', '.join(ENDINGS)} file")
 
-# %% ../../nbs/data/40_volumes.ipynb #a59f775c
+# %% ../../nbs/data/40_volumes.ipynb #bfbcaafb
 def read_label(path:Path) -> Volume:
     "A label map: integers, one channel. ValueError as in `read_volume`, and for numbers in between."
     volume = read_volume(path)
-    if len(volume.pixels) != 1: raise ValueError(f"has {len(volume.pixels)} channels, expected one of labels")
+    if len(volume.pixels) != 1:
+        raise ValueError(f"has {len(volume.pixels)} channels, expected one of labels")
     if volume.pixels.dtype.kind in "iu": return volume
     with np.errstate(invalid="ignore"): labels = volume.pixels.astype(np.int32)
     if (labels != volume.pixels).any():
@@ -129,12 +135,12 @@ def read_label(path:Path) -> Volume:
                          f"{volume.pixels[labels != volume.pixels][0]:g}; expected whole numbers")
     return Volume(labels, volume.affine, volume.shape)
 
-# %% ../../nbs/data/40_volumes.ipynb #c4cbbe97
+# %% ../../nbs/data/40_volumes.ipynb #7c84e47c
 def values_of(labels:np.ndarray # integers
               ) -> np.ndarray:
     "The values that occur, sorted; counted where that is faster than sorting."
-    if labels.dtype == np.uint8: return np.flatnonzero(np.bincount(labels.ravel(order="K"), minlength=256))
-    return np.unique(labels)
+    if labels.dtype != np.uint8: return np.unique(labels)
+    return np.flatnonzero(np.bincount(labels.ravel(order="K"), minlength=256))
 
 # %% ../../nbs/data/40_volumes.ipynb #5edd1455
 def nifti_bytes(labels:np.ndarray, # (*S) integers
