@@ -25,10 +25,10 @@ from common import arguments, blobs, interleaved, report
 
 import medkd.losses
 from medkd.core import Taps, Tapped, Term, freeze
-from medkd.losses import logits, task
+from medkd.losses import logits, skd, task
 from medkd.models.zoo import build
 
-LIMITS = dict(KD=.05, CWD=.05, DKD=.06, NKD=.06, DIST=.12, AT=.1, SKD=.1, IFVD=.1, CIRKD=.3,
+LIMITS = dict(KD=.05, CWD=.05, DKD=.06, NKD=.06, DIST=.12, AT=.1, pairwise=.1, IFVD=.1, CIRKD=.3,
               HLFD=.25, GraphFlow=.1)  # shares of the floor
 UNFIT = KeyError, TypeError, ValueError, RuntimeError  # a term cannot run on these taps
 BASIC_ROLES = dict(
@@ -186,6 +186,7 @@ def functions(student, teacher, batch):
     return {
         "kd_sigmoid_mse": lambda: logits.kd_sigmoid_mse(*pair),
         "focal_dice": lambda: task.focal_dice(pair[0], label),
+        "pairwise": lambda: skd.pairwise(*pairs[0]),
         "plain KD": lambda: plain_kd(*pair),
         "plain AT": lambda: sum(plain_at(*p) for p in pairs),
         "plain Seg": lambda: monai(pair[0], label[:, None]),

@@ -61,7 +61,7 @@ def read_tap(batch:Mapping, teacher:Taps,
     "(B,C,*s) of the teacher: `student_input` of a Paraphraser, `partial(read_tap, tap=...)`."
     return teacher[tap]
 
-# %% ../../nbs/losses/05_paraphraser.ipynb #8fd51876
+# %% ../../nbs/losses/05_paraphraser.ipynb #ac7521d3
 class Paraphrase(Term):
     "`paraphrase`: mean squared error of the teacher's feature `tap` and what is made of it again."
     names, at_equal, size_free = ("paraphrase",), None, True
@@ -69,6 +69,14 @@ class Paraphrase(Term):
     def __init__(self, tap:str="encoder"): # of the teacher
         super().__init__()
         self.needs = ("out",), (tap,)
+
+    def build(self, student_shapes:Mapping, teacher_shapes:Mapping) -> None:
+        "ValueError unless the student gives what has the shape of the tap."
+        (tap,), again = self.needs[1], tuple(student_shapes["out"])
+        if again != tuple(teacher_shapes[tap]):
+            raise ValueError(f"the student makes {again} of the teacher's {tap!r}, which is "
+                             f"{tuple(teacher_shapes[tap])}; it is to be a Paraphraser, and its "
+                             f"student_input partial(read_tap, tap={tap!r})")
 
     def forward(self, student:Taps, teacher:Taps, batch:Mapping, active:frozenset[str]
                 ) -> dict[str, Tensor]:
