@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common import ROOT, markdown
 
-NAMES = ("terms", "metrics", "loader", "trainer", "gkd", "graph_flow", "volumes")
+NAMES = ("terms", "metrics", "loader", "trainer", "gkd", "graph_flow", "volumes", "sikd_hlfd")
 
 
 def page(report):
