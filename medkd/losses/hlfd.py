@@ -42,7 +42,7 @@ def smallest(maps:Sequence[Tensor] # (B,C_i,*S_i)
     "The spatial size that comes first in order."
     return min(tuple(m.shape[2:]) for m in maps)
 
-# %% ../../nbs/losses/14_hlfd.ipynb #5a805175
+# %% ../../nbs/losses/14_hlfd.ipynb #060a7959
 def combine(maps:Sequence[Tensor], # (B,C_i,*S_i)
             weight:Tensor,         # (C,sum C_i,1,..,1)
             bias:Tensor,           # (C,)
@@ -54,6 +54,7 @@ def combine(maps:Sequence[Tensor], # (B,C_i,*S_i)
                          f"maps have {' + '.join(map(str, channels))}")
     convolve = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
     resized = [resize(widen(m), smallest(maps), "linear") for m in maps]
+    if len(weight) >= sum(channels): return convolve(torch.cat(resized, 1), weight, bias)
     parts = zip(resized, weight.split(channels, 1))
     return sum(convolve(m, w, None if i else bias) for i, (m, w) in enumerate(parts))
 
