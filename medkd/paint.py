@@ -66,11 +66,13 @@ def dim(picture:np.ndarray, # (H,W,3) uint8
     "The picture darkened, as a ground for colours."
     return (picture * light).astype(np.uint8)
 
-# %% ../nbs/04_paint.ipynb #7e5ce8ae
+# %% ../nbs/04_paint.ipynb #28aa5a19
 def class_colours(classes:Sequence[str] # names, index = label value, 0 = background
                   ) -> dict[str, str]: # of the foreground
-    "A colour for each foreground class, the same in every figure."
-    return {name: PALETTE[k % len(PALETTE)] for k, name in enumerate(classes[1:])}
+    "A colour for each foreground class, the same in every figure; past the palette its colours again, lighter."
+    from matplotlib.colors import to_hex, to_rgb
+    def lighter(colour, times): return to_hex(1 - (1 - np.array(to_rgb(colour))) * .5**times) if times else colour
+    return {name: lighter(PALETTE[k % len(PALETTE)], k // len(PALETTE)) for k, name in enumerate(classes[1:])}
 
 # %% ../nbs/04_paint.ipynb #e59e3510
 def busiest(truth:np.ndarray, # (H,W) bool

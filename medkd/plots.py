@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'method_colours', 'run_rows', 'series', 'smooth', 'wide_range', 'names_in', 'draw_losses', 'draw_scores',
-           'show_curves', 'shares', 'show_share', 'draw_strip', 'show_scores', 'spread', 'distinct', 'draw_cost',
-           'show_cost', 'project', 'show_vectors']
+           'show_curves', 'shares', 'show_share', 'show_schedule', 'draw_strip', 'show_scores', 'spread', 'distinct',
+           'draw_cost', 'show_cost', 'project', 'show_vectors']
 
 # %% ../nbs/06_plots.ipynb #3751273d
 from collections.abc import Iterable, Mapping, Sequence
@@ -117,6 +117,26 @@ def show_share(run, # Run, or the rows of its metrics.jsonl
     ax.margins(x=0)
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(*[values[::-1] for values in ax.get_legend_handles_labels()], loc="outside right center")
+    return figure
+
+# %% ../nbs/06_plots.ipynb #8179ea45
+@styled()
+def show_schedule(run, # Run, or the rows of its metrics.jsonl
+                  names:Sequence[str], # terms
+                  title:str="Weights and losses", note:str=""):
+    "Figure of the weights of some terms, and of their unweighted losses, against the epoch. A term that rests has no loss."
+    rows = run_rows(run, "train")
+    figure = make_figure(8.5, 3.4, title, note)
+    left, right = figure.subplots(1, 2)
+    for name, colour in zip(names, PALETTE):
+        left.plot(*series(rows, "weights", name), color=colour, label=name)
+        epochs, values = series(rows, "losses", name)
+        right.plot(epochs, values, color=colour, alpha=.25, lw=.8, marker="." if len(values) < 10 else "")
+        right.plot(epochs, smooth(values, len(values) // 20 + 1), color=colour)
+    left.set(title="weight", xlabel="epoch")
+    right.set(title="unweighted value", xlabel="epoch")
+    if wide_range([series(rows, "losses", name)[1] for name in names]): right.set_yscale("log")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
     return figure
 
 # %% ../nbs/06_plots.ipynb #77d32f0a
