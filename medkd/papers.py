@@ -5,7 +5,7 @@ __all__ = ['injected', 'fits', 'check_parameters', 'type_name', 'numbers', 'choo
            'predict_all', 'stored_scores', 'stored_predictions', 'volume_predictions', 'shown_case', 'mean_score',
            'verdict', 'trained_term', 'adopt', 'keep', 'write_results']
 
-# %% ../nbs/10_papers.ipynb #9ef51766
+# %% ../nbs/10_papers.ipynb #f640a2bf
 import ast
 import shutil
 import types
@@ -18,7 +18,7 @@ from .files import make_folder, read_json, write_atomic, write_json
 from .inference import read_prediction, score_predictions, store_predictions
 from .metrics import VESSEL
 from .native import read_labels
-from .tables import long_rows
+from .tables import long_rows, per_case
 from .trainers.checkpoint import read_checkpoint
 from .trainers.fit import git_state, versions
 from .trainers.run import Run, describe, load_network, save_weights
@@ -156,11 +156,11 @@ def shown_case(data, # a test set
     whole = data.native(case)
     return whole["cases"][int((whole["label"] > 0).sum((1, 2)).argmax())]
 
-# %% ../nbs/10_papers.ipynb #14d50eb2
+# %% ../nbs/10_papers.ipynb #d07ccbca
 def mean_score(rows:Sequence[Mapping], method:str, dataset:str, metric:str="dice") -> float:
-    "Mean over cases of one metric of one method on one data set."
-    values = [row["value"] for row in rows if (row["method"], row["dataset"], row["metric"]) == (method, dataset, metric)]
-    return sum(values) / len(values)
+    "Mean over cases, each the mean over its classes, of one metric of one method on one data set."
+    found = [row for row in rows if (row["method"], row["dataset"], row["metric"]) == (method, dataset, metric)]
+    return float(per_case(found, ["method"])["value"].mean())
 
 # %% ../nbs/10_papers.ipynb #318e0580
 def verdict(rows:Sequence[Mapping], dataset:str, metric:str="dice") -> str:
