@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'method_colours', 'run_rows', 'series', 'smooth', 'wide_range', 'names_in', 'draw_losses', 'draw_scores',
-           'show_curves', 'shares', 'show_share', 'draw_strip', 'show_scores', 'spread', 'distinct', 'draw_cost',
-           'show_cost', 'project', 'show_vectors']
+           'show_curves', 'shares', 'show_share', 'show_schedule', 'draw_strip', 'show_scores', 'spread', 'distinct',
+           'draw_cost', 'show_cost', 'project', 'show_vectors']
 
-# %% ../nbs/06_plots.ipynb #3751273d
+# %% ../nbs/06_plots.ipynb #1e41a563
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 
 import numpy as np
 
-from .paint import PALETTE
+from .paint import PALETTE, shade
 from .show import make_figure, styled
 from .tables import as_frame, per_case, summarise
 
-# %% ../nbs/06_plots.ipynb #30589c74
+# %% ../nbs/06_plots.ipynb #2944b45c
 def method_colours(methods:Iterable[str]) -> dict[str, str]:
     "Dark grey for `teacher`, light grey for `student`, a colour of the palette for each other, in order."
-    fixed, palette = dict(teacher="#333333", student="#9A9A9A"), iter(PALETTE * 4)
+    fixed, palette = dict(teacher="#333333", student="#9A9A9A"), map(shade, count())
     return {method: fixed.get(method) or next(palette) for method in dict.fromkeys(methods)}
 
 # %% ../nbs/06_plots.ipynb #844aa6a5
@@ -119,6 +120,26 @@ def show_share(run, # Run, or the rows of its metrics.jsonl
     figure.legend(*[values[::-1] for values in ax.get_legend_handles_labels()], loc="outside right center")
     return figure
 
+# %% ../nbs/06_plots.ipynb #8179ea45
+@styled()
+def show_schedule(run, # Run, or the rows of its metrics.jsonl
+                  names:Sequence[str], # terms
+                  title:str="Weights and losses", note:str=""):
+    "Figure of the weights of some terms, and of their unweighted losses, against the epoch. A term that rests has no loss."
+    rows = run_rows(run, "train")
+    figure = make_figure(8.5, 3.4, title, note)
+    left, right = figure.subplots(1, 2)
+    for name, colour in zip(names, PALETTE):
+        left.plot(*series(rows, "weights", name), color=colour, label=name)
+        epochs, values = series(rows, "losses", name)
+        right.plot(epochs, values, color=colour, alpha=.25, lw=.8, marker="." if len(values) < 10 else "")
+        right.plot(epochs, smooth(values, len(values) // 20 + 1), color=colour)
+    left.set(title="weight", xlabel="epoch")
+    right.set(title="unweighted value", xlabel="epoch")
+    if wide_range([series(rows, "losses", name)[1] for name in names]): right.set_yscale("log")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
+    return figure
+
 # %% ../nbs/06_plots.ipynb #77d32f0a
 def draw_strip(ax, cases, # of `per_case`: method, value
                means,     # of `summarise`: method, mean, low, high
@@ -177,7 +198,7 @@ def distinct(values:Sequence[float], # positive
         if not kept or value >= ratio * kept[-1]: kept.append(value)
     return kept
 
-# %% ../nbs/06_plots.ipynb #487d7054
+# %% ../nbs/06_plots.ipynb #9628b173
 def draw_cost(ax, table, cost:str, score:str, colours:Mapping[str, str]) -> None:
     "Score against one cost on a log axis that is marked where networks stand, a labelled point per method."
     middle = np.sqrt(table[cost].min() * table[cost].max())
@@ -193,8 +214,10 @@ def draw_cost(ax, table, cost:str, score:str, colours:Mapping[str, str]) -> None
     ax.set_xticks(values, [f"{value:.3g}" for value in values])
     ax.minorticks_off()
     ax.margins(x=.2, y=.12)
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(low, 1.05 * heights.min() - .05 * high), max(high, 1.05 * heights.max() - .05 * low))
 
-# %% ../nbs/06_plots.ipynb #e9f80b0b
+# %% ../nbs/06_plots.ipynb #8eed79fe
 @styled()
 def show_cost(rows,              # per method: method, the score, any of COSTS
               score:str="dice",
@@ -205,7 +228,7 @@ def show_cost(rows,              # per method: method, the score, any of COSTS
     costs = [cost for cost in COSTS if cost in table]
     if not costs or not {"method", score} <= set(table):
         raise ValueError(f"rows have {list(table)}; expected method, {score} and at least one of {', '.join(COSTS)}")
-    figure = make_figure(max(5, 3.6 * len(costs)), 3.5, title, note)
+    figure = make_figure(max(5, 3.6 * len(costs)), 3.5 + .15 * max(0, len(table) - 6), title, note)
     colours = method_colours(table["method"])
     for ax, cost in zip(figure.subplots(1, len(costs), sharey=True, squeeze=False).flat, costs):
         draw_cost(ax, table, cost, score, colours)

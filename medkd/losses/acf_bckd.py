@@ -52,7 +52,7 @@ def soft_boundary(student:Tensor, # (B,K,*S) logits
     farness = squared.view(2, *prob.shape).sum(0).to(prob.dtype)
     return ((prob - target.to(prob.dtype)).square() * farness).mean().log1p()
 
-# %% ../../nbs/losses/12_acf_bckd.ipynb #3f9eb4f2
+# %% ../../nbs/losses/12_acf_bckd.ipynb #86a310ec
 class AttentionCorrection(nn.Module):
     "The trained attention of the student's feature; returns AFD and CFD, without their factor."
     def __init__(self, channels:int, # of the student's feature
@@ -73,10 +73,14 @@ class AttentionCorrection(nn.Module):
                 teacher_out:Tensor,     # (B,Ct,*T) output of a residual block
                 teacher_branch:Tensor,  # (B,Ct,*T) its branch, before the addition
                 ) -> tuple[Tensor, Tensor]:
-        pooled = student.mean(tuple(range(2, student.ndim)), keepdim=True)
-        gate = self.channel(pooled) * self.spatial(student.mean(1, keepdim=True))
+        gate = self.gate(student)
         return (energy_loss(student * gate, teacher_out),
                 energy_loss(self.convertor(gate), teacher_branch))
+
+    def gate(self, student:Tensor) -> Tensor: # (B,C,*S)
+        "The attention A."
+        pooled = student.mean(tuple(range(2, student.ndim)), keepdim=True)
+        return self.channel(pooled) * self.spatial(student.mean(1, keepdim=True))
 
 # %% ../../nbs/losses/12_acf_bckd.ipynb #992516e2
 def squeezed(channels:int) -> int:
