@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['predict', 'predict_batch', 'seen', 'dice_score', 'volume_labels', 'to_grey', 'from_grey', 'to_greys',
            'store_predictions', 'png', 'read_prediction', 'label_map', 'score_predictions', 'read_volume',
-           'score_volumes']
+           'score_volumes', 'pooled_scores']
 
 # %% ../nbs/03_inference.ipynb #e593bf6b
 import io
@@ -186,3 +186,18 @@ def score_volumes(folder:str|Path,
             maps, spacing = {key: x if x is None else x[0] for key, x in maps.items()}, spacing and spacing[1:]
         scores.add(name, spacing=spacing, **maps)
     return scores
+
+# %% ../nbs/03_inference.ipynb #9a136994
+def pooled_scores(folder:str|Path, data, # as of `score_volumes` or `score_predictions`
+                  num_classes:int) -> dict[str, float]:
+    "`accuracy` and `miou` of stored predictions; classes that are nowhere are left out."
+    counts, back = np.zeros((num_classes, num_classes), np.int64), getattr(data, "back", resize_slices)
+    volumes = getattr(data, "volumes", None)
+    for item in (data.native(name) for name in volumes) if volumes else (data[i] for i in range(len(data))):
+        label, fov = np.asarray(item["label"]), item.get("fov")
+        pred = read_volume(folder, item["cases"], label.shape, back=back) if volumes else label_map(read_prediction(folder, item["case"]))
+        inside = np.ones(label.shape, bool) if fov is None else np.asarray(fov).astype(bool)
+        joint = label[inside].astype(np.int64) * num_classes + pred[inside]
+        counts += np.bincount(joint, minlength=num_classes**2).reshape(counts.shape)
+    hit, union = counts.diagonal(), counts.sum(0) + counts.sum(1) - counts.diagonal()
+    return dict(accuracy=float(hit.sum() / counts.sum()), miou=float((hit[union > 0] / union[union > 0]).mean()))

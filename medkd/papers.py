@@ -89,6 +89,13 @@ def choose(text:str,             # comma-separated names
     if len(set(names)) < len(names): raise ValueError(f"{text!r} names a {kind} twice")
     return {name: known[name] for name in names}
 
+# %% ../nbs/10_papers.ipynb #071dd2cb
+def numbers(text:str # comma-separated, e.g. "2,6" or "0.2,0.6"
+            ) -> list[int|float]:
+    "The numbers, an int where none has a point. ValueError for other text."
+    try: return [float(part) if "." in part else int(part) for part in filter(None, map(str.strip, text.split(",")))]
+    except ValueError: raise ValueError(f"{text!r}; expected numbers with commas between them, e.g. 2,6 or 0.2,0.6") from None
+
 # %% ../nbs/10_papers.ipynb #7371b71b
 def load_present(names:Sequence[str], root:str|None=None, **options) -> dict:
     "name -> Splits of the data sets that are there; the others are named, with the reason, in one printed line each."

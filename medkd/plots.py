@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COSTS', 'method_colours', 'run_rows', 'series', 'smooth', 'wide_range', 'names_in', 'draw_losses', 'draw_scores',
            'show_curves', 'shares', 'show_share', 'show_schedule', 'draw_strip', 'show_scores', 'spread', 'distinct',
-           'draw_cost', 'show_cost', 'project', 'show_vectors']
+           'draw_cost', 'show_cost', 'project', 'show_vectors', 'show_lines']
 
 # %% ../nbs/06_plots.ipynb #1e41a563
 from collections.abc import Iterable, Mapping, Sequence
@@ -202,10 +202,11 @@ def distinct(values:Sequence[float], # positive
 def draw_cost(ax, table, cost:str, score:str, colours:Mapping[str, str]) -> None:
     "Score against one cost on a log axis that is marked where networks stand, a labelled point per method."
     middle = np.sqrt(table[cost].min() * table[cost].max())
-    heights = spread(table[score], .075 * max(np.ptp(table[score]), 1e-3))
+    heights = spread(table[score], .09 * max(np.ptp(table[score]), 1e-3))
     for line, height in zip(table.to_dict("records"), heights):
         ax.plot(line[cost], line[score], "o", color=colours[line["method"]], ms=7, mec="white")
         right = line[cost] > middle
+        ax.update_datalim([(line[cost], height)])
         ax.annotate(line["method"], (line[cost], line[score]), xytext=(-14 if right else 14, height),
                     textcoords=("offset points", "data"), ha="right" if right else "left", va="center",
                     arrowprops=dict(arrowstyle="-", color="#999999", lw=.6, shrinkA=0, shrinkB=3))
@@ -259,4 +260,19 @@ def show_vectors(panels:Mapping[str, tuple], # title -> (vectors (n,D), groups (
         ax.grid(False)
         ax.set_box_aspect(1)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(names), markerscale=2)
+    return figure
+
+# %% ../nbs/06_plots.ipynb #5b8e9609
+@styled()
+def show_lines(panels:Mapping[str, Mapping[str, Mapping[float, float]]], # title -> line -> place -> value
+               xlabel:str, ylabel:str, title:str="", note:str=""):
+    "Figure with a panel of lines for each title, marked at their places; a line has its colour in all of them."
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    colours = method_colours(names)
+    figure = make_figure(4.6 * len(panels) + 1.4, 3.7, title, note)
+    for ax, (name, lines) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items()):
+        for label, points in lines.items(): ax.plot(*zip(*sorted(points.items())), color=colours[label], marker="o", ms=4)
+        ax.set(title=name, xlabel=xlabel, ylabel=ylabel)
+    handles = [ax.plot([], [], color=colour, marker="o", ms=4, label=name)[0] for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 4))
     return figure

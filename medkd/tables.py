@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'long_rows', 'as_frame', 'per_case', 'summarise', 'interval_text', 'score_table', 'over_seeds', 'seed_text',
-           'seed_table', 'beside', 'compare', 'compare_table', 'cost_table']
+           'seed_table', 'beside', 'compare', 'compare_table', 'cost_table', 'published_table']
 
 # %% ../nbs/05_tables.ipynb #d1bd97fd
 from collections.abc import Mapping, Sequence
@@ -153,4 +153,16 @@ def cost_table(networks:Mapping[str, nn.Module], # name -> network on the CPU
         found.append({"network": name, "input": "×".join(map(str, shape)), "parameters (M)": parameters / 1e6, "MACs (G)": macs / 1e9,
                       "operations, thop (G)": count(net, shape, "thop")[1] / 1e9,
                       "latency (ms)": 1e3 * latency(net, shape, repeats), "peak memory (MiB)": peak_memory(net, shape) / 2**20})
+    return pd.DataFrame(found).rename_axis(columns=note or None)
+
+# %% ../nbs/05_tables.ipynb #b04ab194
+def published_table(published:Mapping[tuple[str, str], float], # (method, metric) -> the paper's value
+                    ours:Mapping[tuple[str, str], float],      # the same keys; one that is absent was not run
+                    note:str=""):
+    """DataFrame: method, metric, paper, ours ("not run" where there is none), difference. KeyError for a value of
+    ours that has no partner."""
+    import pandas as pd
+    if alone := [key for key in ours if key not in published]: raise unknown("published score", str(alone[0]), map(str, published))
+    found = [dict(method=method, metric=metric, paper=value, ours=ours.get((method, metric), "not run"),
+                  difference=ours[method, metric] - value if (method, metric) in ours else "") for (method, metric), value in published.items()]
     return pd.DataFrame(found).rename_axis(columns=note or None)

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['Pictures', 'as_item', 'Patches', 'relight', 'augment']
 
-# %% ../../nbs/data/03_patches.ipynb #e4f674fd
-from collections.abc import Sequence
+# %% ../../nbs/data/03_patches.ipynb #2a078f87
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ def as_item(case:str,
     return dict(image=tensor(image)[None], label=tensor(label).long(), case=case,
                 **{name: tensor(mask) for name, mask in masks.items()})
 
-# %% ../../nbs/data/03_patches.ipynb #5541dda0
+# %% ../../nbs/data/03_patches.ipynb #581098b9
 class Patches(Pictures):
     """Random square patches with vessels in them, `per_image` of each picture in an epoch.
     `sample(index, rng)` draws from `rng` alone; `self[index]` is one of them, always the same."""
@@ -53,6 +53,12 @@ class Patches(Pictures):
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} patches")
         return self.sample(index, np.random.default_rng(index))
+
+    def only(self, patients:Collection[str]) -> "Patches":
+        "The pictures of these patients."
+        keep = [k for k, patient in enumerate(self.patients) if patient in patients]
+        few = ([values[k] for k in keep] for values in (self.cases, self.arrays, self.patients))
+        return Patches(*few, self.patch, self.per_image, self.vessels)
 
     def sample(self, index:int, rng:np.random.Generator) -> dict:
         "A random patch (1,patch,patch) of picture `index % number of pictures`."

@@ -160,14 +160,15 @@ class SelfAttention(nn.Module):
         attention = (q.transpose(1, 2) @ k).softmax(-1) # (B,positions,keys)
         return self.gamma * (v @ attention.transpose(1, 2)).view_as(x) + x
 
-# %% ../../nbs/losses/04_skd.ipynb #cc53d94b
+# %% ../../nbs/losses/04_skd.ipynb #602d0021
 class Discriminator(nn.Module):
     """Scores (B,1,*s) of logits (B,K,*S): four spectral-normalised convolutions that halve the
     size, attention after the last two, one more convolution. Sizes must be at least 64."""
     def __init__(self, num_classes:int,  # K
                  preprocess:str="batch_norm", # of logits; or "tanh", "bytes": 0..255 -> -1..1
                  image_channels:int=0,   # conditional on an image of so many channels
-                 ndim:int=2):
+                 ndim:int=2,
+                 width:float=1.):        # channel factor; 1 is the published network
         super().__init__()
         if preprocess not in ("batch_norm", "tanh", "bytes"):
             raise ValueError(f"preprocess {preprocess!r}; expected 'batch_norm', 'tanh' or 'bytes'")
@@ -175,12 +176,13 @@ class Discriminator(nn.Module):
         conv = (nn.Conv2d, nn.Conv3d)[ndim - 2]
         if preprocess == "batch_norm":
             self.norm = (nn.BatchNorm2d, nn.BatchNorm3d)[ndim - 2](num_classes)
-        widths, layers = (num_classes + image_channels, 64, 128, 256, 512), []
+        wide = [max(8, round(n * width)) for n in (64, 128, 256, 512)]
+        widths, layers = (num_classes + image_channels, *wide), []
         for a, b in zip(widths, widths[1:]):
             halve = conv(a, b, 4, stride=2, padding=1)
             register_parametrization(halve, "weight", SpectralNorm(halve.weight))
-            layers += [halve, nn.LeakyReLU(.1), *([SelfAttention(b, conv)] if b >= 256 else [])]
-        self.layers = nn.Sequential(*layers, conv(512, 1, 4))
+            layers += [halve, nn.LeakyReLU(.1), *([SelfAttention(b, conv)] if b in wide[2:] else [])]
+        self.layers = nn.Sequential(*layers, conv(b, 1, 4))
 
     def forward(self, logits:Tensor, # (B,K,*S)
                 image:Tensor|None=None, # (B,image_channels,*S)
@@ -223,14 +225,14 @@ def check_predictions(student:Sequence[int], # (B,K,*S) shapes of the logits
         raise ValueError("the discriminator needs images of at least 64 along each axis, these are "
                          f"{ours[1:]}; train on larger patches, or without it")
 
-# %% ../../nbs/losses/04_skd.ipynb #9325edb9
+# %% ../../nbs/losses/04_skd.ipynb #84e4b0b0
 class Holistic(Adversary):
     """The discriminator of logits. `adversarial` is what the student minimises; its own losses are
     `discriminator` and, with "wgan-gp", `penalty`."""
     needs = ("out",), ("out",)
 
     def __init__(self, loss:str="wgan-gp", # or "hinge"
-                 preprocess:str="batch_norm", image_channels:int=0, # of `Discriminator`
+                 preprocess:str="batch_norm", image_channels:int=0, width:float=1., # of `Discriminator`
                  scale:float=.1,           # of the discriminator's losses
                  penalty:float=10.,        # weight of `gradient_penalty`
                  lr:float=4e-4,
@@ -240,7 +242,8 @@ class Holistic(Adversary):
         if loss not in ("wgan-gp", "hinge"):
             raise ValueError(f"loss {loss!r}; expected 'wgan-gp' or 'hinge'")
         self.loss, self.scale, self.penalty = loss, scale, penalty
-        self.make = partial(Discriminator, preprocess=preprocess, image_channels=image_channels)
+        self.make = partial(Discriminator, preprocess=preprocess, image_channels=image_channels,
+                            width=width)
 
     def build(self, student_shapes:Mapping, teacher_shapes:Mapping) -> None:
         check_predictions(student_shapes["out"], teacher_shapes["out"])
