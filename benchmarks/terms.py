@@ -29,7 +29,7 @@ from medkd.losses import logits, skd, task
 from medkd.models.zoo import build
 
 LIMITS = dict(KD=.05, CWD=.05, DKD=.06, NKD=.06, DIST=.12, AT=.1, pairwise=.1, IFVD=.1, CIRKD=.3,
-              HLFD=.25, GraphFlow=.1)  # shares of the floor
+              GraphFlow=.1)  # shares of the floor; HLFD's is for its own networks: sikd_hlfd.py
 UNFIT = KeyError, TypeError, ValueError, RuntimeError  # a term cannot run on these taps
 BASIC_ROLES = dict(
     e1="conv_0", e2="down_1", e3="down_2", e4="down_3", e5="down_4", d5="upcat_4", d4="upcat_3",

@@ -110,3 +110,12 @@ def test_acf_bckd_losses_equal_their_plain_forms(benchmark):
     assert set(bench.LIMITS) <= set(rows)
     assert sum(row["plain form / ours"] is not None for row in rows.values()) == 11
     with pytest.raises(AssertionError, match="class"): bench.case((1, 1, 8, 8, 16), 14, .125)
+
+
+def test_hlfd_equals_its_plain_form(benchmark):
+    module = benchmark("sikd_hlfd")
+    nets = (partial(build, name, 1, 2, .125) for name in ("unet_plus_plus", "resnet18"))
+    rows = module.shares(module.Setting((2, 1, 64, 64), 2, *nets, "small"), True)
+    assert {f"HLFD, {name}" for name in module.OBJECTIVES} < {row["what"] for row in rows}
+    row, verdict = module.average(True)
+    assert row["plain form / ours"] > 0 and "times as fast as the loop" in verdict

@@ -47,7 +47,7 @@ def mean_of_pixels(image:Tensor, # (B,C,P)
     mean = (total / (count + 1e-8)).to(rows)[:, place].unflatten(1, label.shape).transpose(0, 1)
     return mean.where(known[:, None], image)
 
-# %% ../../nbs/losses/13_sikd.ipynb #db9db8c5
+# %% ../../nbs/losses/13_sikd.ipynb #93b2e12e
 class Averaging(torch.autograd.Function):
     "Image (B,C,*S) and label (B,*S) -> the averaged image, in the image's type and layout."
     @staticmethod
@@ -56,7 +56,7 @@ class Averaging(torch.autograd.Function):
         ctx.num_classes = num_classes
         if not image.numel(): return image.clone()
         x, y = widen(image).detach().flatten(2), label.flatten(1)
-        if image.is_cuda: out = mean_of_pixels(x, y, num_classes)
+        if image.device.type != "cpu": out = mean_of_pixels(x, y, num_classes)
         else: out = torch.from_numpy(mean_of_runs(x.numpy(), y.numpy(), num_classes))
         out = out.view(image.shape)
         same = out.stride() == image.stride() and out.dtype == image.dtype
