@@ -34,7 +34,7 @@ def done(shared, twins):  # noqa: F811
         if not (folder/"done.json").exists():
             folder.mkdir()
             ran = papermill(folder, *given(preset="smoke", data_root=twins), path=NOTEBOOK, timeout=600, MEDKD_CACHE=str(shared/"cache"))
-            (folder/"done.json").write_text(json.dumps(dict(code=ran.code, seconds=ran.seconds, text=ran.text)))
+            (folder/"done.json").write_text(json.dumps(dict(code=ran.code, text=ran.text)))
     return Done(**json.loads((folder/"done.json").read_text()), folder=folder)
 
 

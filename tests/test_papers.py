@@ -306,6 +306,17 @@ def test_without_gkd(here, results, fundi, capsys):  # noqa: F811
     assert of_kd(stored(folder/"differences.csv")).equals(of_kd(stored(results/"differences.csv")))
 
 
+def test_other_methods_are_rows(here, fundi):  # noqa: F811
+    methods = "nkd,skd,ifvd,cwd,dist,dkd,cirkd,fsp,coco"
+    cells = Cells(preset="smoke", dim=64, data_root=str(fundi), methods=methods, teacher_steps=1, steps=1, alignment_steps=1)
+    cells.run_to("source = load(")
+    trained = cells.run_to("for name in taught: trained", skip=DRAWING)["trained"]
+    assert list(trained) == ["teacher", "student", *methods.split(",")]
+    roles = roles_in(here/"runs/gkd/phantom-chasedb1")
+    assert {"paraphraser_encoder", "paraphraser_decoder"} < set(roles) and len(roles) == 13
+    assert (trained["coco"].path/"wiring.json").exists()
+
+
 def test_liver_is_scored_per_patient_in_mm(here, livers):  # noqa: F811
     cells = Cells(dataset="phantom:chaos", preset="smoke", methods="gkd", data_root=str(livers), teacher_steps=1, steps=1,
                   alignment_steps=1, more_steps=2, dim=16)
@@ -492,7 +503,7 @@ def test_trained_teacher_is_taken(here, fundi):  # noqa: F811
     assert found[0].sha256 == weights_sha256(read_weights(here/"t.safetensors"))
     about = summary(found[0].path)
     assert (about["state"], about["steps"], found[0].report["adopted"]) == ("complete", 0, True)
-    kd = cells.run_to("in scratch.items():", skip=DRAWING)["trained"]["kd"]
+    kd = cells.run_to("for name in taught: trained", skip=DRAWING)["trained"]["kd"]
     assert kd.params["decided"]["teacher"]["sha256"] == found[0].sha256
 
 
