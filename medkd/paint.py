@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'ERRORS', 'as_array', 'as_picture', 'tint', 'error_codes', 'dim', 'shade', 'class_colours', 'busiest',
-           'framed', 'as_labels', 'paint']
+           'around', 'framed', 'as_labels', 'paint']
 
 # %% ../nbs/04_paint.ipynb #b442ecba
 from collections.abc import Mapping, Sequence
@@ -90,6 +90,20 @@ def busiest(truth:np.ndarray, # (H,W) bool
     inside = total[h:, w:] - total[:-h, w:] - total[h:, :-w] + total[:-h, :-w]
     y, x = np.unravel_index(inside.argmax(), inside.shape)
     return int(y), int(x), int(h), int(w)
+
+# %% ../nbs/04_paint.ipynb #d87e14f7
+def around(truth:np.ndarray, # (H,W) bool
+           factor:float=2.5, # sides of the window, in sides of the truth's box
+           least:int=24,     # of a side, pixels
+           ) -> tuple[int, int, int, int]: # y, x, height, width
+    "The square window about the truth, inside the image; the whole image where there is none."
+    h, w = truth.shape
+    if not truth.any(): return 0, 0, h, w
+    rows, columns = (np.flatnonzero(truth.any(axis)) for axis in (1, 0))
+    side = max(least, round(factor * max(np.ptp(rows), np.ptp(columns)) + factor))
+    sides = min(side, h), min(side, w)
+    y, x = ((place[0] + place[-1] + 1 - s) // 2 for place, s in zip((rows, columns), sides))
+    return int(np.clip(y, 0, h - sides[0])), int(np.clip(x, 0, w - sides[1])), *map(int, sides)
 
 # %% ../nbs/04_paint.ipynb #5fac5def
 def framed(picture:np.ndarray, # (H,W,3) uint8

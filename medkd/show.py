@@ -6,8 +6,8 @@
 __all__ = ['STYLE', 'styled', 'make_figure', 'data_note', 'picture_grid', 'colour_legend', 'pick_samples', 'show_batch',
            'pick_cases', 'find_items', 'case_dice', 'result_row', 'show_results', 'attention', 'show_taps']
 
-# %% ../nbs/04_show.ipynb #d6b0adc4
-from collections.abc import Mapping, Sequence
+# %% ../nbs/04_show.ipynb #b87e8ca8
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -134,12 +134,13 @@ def case_dice(labels:np.ndarray, item:Mapping, num_classes:int) -> float:
     inside = torch.as_tensor(item.get("fov", torch.ones_like(truth))).long()
     return dice((pred * inside)[None], (truth * inside)[None], num_classes).nanmean().item()
 
-# %% ../nbs/04_show.ipynb #003dcad1
+# %% ../nbs/04_show.ipynb #9416b43c
 def result_row(item:Mapping, predictions:Mapping[str, Mapping], crop, colours:Mapping[str, str]
                ) -> list[tuple[str, np.ndarray]]: # (title, (H,W,3) uint8)
     "The pictures of one case: the image (whole, then cut), the truth, each method with its Dice over the whole case."
     truth, image = as_array(item["label"]), as_picture(item["image"])
-    window = busiest(truth > 0, crop) if isinstance(crop, int) else crop or (0, 0, *truth.shape)
+    find = crop if callable(crop) else lambda shown: busiest(shown, crop) if isinstance(crop, int) else crop or (0, 0, *truth.shape)
+    window = find(truth > 0)
     row = [("image" if crop is None else "region", image), ("truth", paint(truth, item, colours))]
     for method, cases in predictions.items():
         if item["case"] not in cases: raise unknown(f"case among the predictions of {method}", item["case"], cases)
@@ -151,13 +152,13 @@ def result_row(item:Mapping, predictions:Mapping[str, Mapping], crop, colours:Ma
     whole = [] if crop is None else [("image", framed(image, window))]
     return whole + [(title, picture[y:y + h, x:x + w]) for title, picture in row]
 
-# %% ../nbs/04_show.ipynb #dbbffa66
+# %% ../nbs/04_show.ipynb #d06798c8
 @styled()
 def show_results(items,              # dataset or list of items: image (C,H,W), label (H,W), case, fov
                  predictions:Mapping[str, Mapping], # method -> case -> (H,W) probability or label map
                  classes:Sequence[str]=("background", "foreground"), # index = label value
                  cases:Sequence[str]|Mapping[str, str]|None=None, # as in `find_items`; see `pick_cases`
-                 crop:tuple[int, int, int, int]|int|None=None, # y, x, height, width; or side of `busiest`
+                 crop:tuple[int, int, int, int]|int|Callable|None=None, # y, x, height, width; side of `busiest`; `around`: by the truth
                  title:str="Predictions with the Dice of the whole image", note:str=""):
     """Figure with a row per case: image (with `crop` the whole one and its region), truth, each method. One class: error colours; more: class colours, and the mean Dice of those that occur."""
     colours, chosen = class_colours(classes), find_items(items, cases)

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'distance_of_maps', 'kl_map', 'smallest', 'combine', 'cat_pmd', 'pmd', 'rec_pmd', 'focus', 'cat_imd',
-           'imd', 'rec_imd', 'HLFD', 'cosine_steps']
+           'imd', 'rec_imd', 'objective_parts', 'HLFD', 'cosine_steps']
 
 # %% ../../nbs/losses/14_hlfd.ipynb #01b1ed8c
 import math
@@ -138,25 +138,37 @@ OBJECTIVES = dict( # pixel: PMD, feature: IMD; (student maps, teacher maps, shar
     hlfd=dict(pixel=[("d5", "d5 d4 d3", .5), ("d4", "out", .5), ("d3", "out", .5), ("d2", "out", .5)],
               feature=[("e1", "e2 e3 e4", .5), ("e2", "e5", .5), ("e3", "e5", .5), ("e4", "e5", .5)]))
 
-# %% ../../nbs/losses/14_hlfd.ipynb #ebd6cac7
+# %% ../../nbs/losses/14_hlfd.ipynb #b5191c13
+def objective_parts(objective:str|Mapping # a key of OBJECTIVES, or pairs like its values
+                    ) -> dict[str, Sequence]: # "pixel", "feature" -> pairs
+    "Its pairs. KeyError for an unknown objective or part, ValueError for none."
+    if isinstance(objective, str):
+        if objective not in OBJECTIVES: raise unknown("objective", objective, OBJECTIVES)
+        return OBJECTIVES[objective]
+    for part in objective:
+        if part not in ("pixel", "feature"): raise unknown("part", part, ("pixel", "feature"))
+    if not any(objective.values()): raise ValueError("an objective needs at least one pair of maps")
+    return {part: pairs for part, pairs in objective.items() if pairs}
+
+# %% ../../nbs/losses/14_hlfd.ipynb #eab387cc
 class HLFD(Term):
     """`pixel`, the weighted sum of PMD of the pairs of an objective, and `feature`, that of IMD;
-    published weights 0.1 and 0.9. KeyError for an unknown objective."""
+    published weights 0.1 and 0.9. KeyError for an unknown objective or part."""
     at_equal = None
 
-    def __init__(self, objective:str="hlfd",   # a key of OBJECTIVES
+    def __init__(self, objective:str|Mapping="hlfd", # a key of OBJECTIVES, or pairs like its values
                  projector:str="learned",      # "learned" | "random": drawn in every step
                  legacy_pairs:bool=False,      # KL times 2/C
                  legacy_self_d5:bool=False):   # the student's d5 is its own teacher in deep_kd
         super().__init__()
-        if objective not in OBJECTIVES: raise unknown("objective", objective, OBJECTIVES)
+        parts = objective_parts(objective)
         if projector not in ("learned", "random"):
             raise ValueError(f"projector {projector!r}; expected 'learned' or 'random'")
         if legacy_self_d5 and objective != "deep_kd":
             raise ValueError(f"legacy_self_d5 belongs to 'deep_kd', not to {objective!r}")
         self.projector, self.legacy = projector, dict(legacy_pairs=legacy_pairs)
         self.pairs = {name: [(s.split(), t.split(), share) for s, t, share in pairs]
-                      for name, pairs in OBJECTIVES[objective].items()}
+                      for name, pairs in parts.items()}
         self.names, self.self_d5 = tuple(self.pairs), legacy_self_d5
         used = [[pair[side] for pairs in self.pairs.values() for pair in pairs] for side in (0, 1)]
         self.needs = tuple(tuple(dict.fromkeys(sum(names, []))) for names in used)
