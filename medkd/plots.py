@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'method_colours', 'run_rows', 'series', 'smooth', 'wide_range', 'names_in', 'draw_losses', 'draw_scores',
-           'show_curves', 'shares', 'show_share', 'show_schedule', 'draw_strip', 'show_scores', 'spread', 'distinct',
-           'draw_cost', 'show_cost', 'project', 'show_vectors', 'show_lines']
+           'show_curves', 'shares', 'draw_share', 'show_share', 'show_shares', 'show_schedule', 'draw_strip',
+           'show_scores', 'spread', 'distinct', 'draw_cost', 'show_cost', 'project', 'show_vectors', 'show_lines']
 
 # %% ../nbs/06_plots.ipynb #1e41a563
 from collections.abc import Iterable, Mapping, Sequence
@@ -102,22 +102,48 @@ def shares(rows:Sequence[Mapping] # "train" rows
     total = np.maximum(sum(part.values()), 1e-12)
     return {name: value / total for name, value in part.items()}
 
-# %% ../nbs/06_plots.ipynb #5f119f44
+# %% ../nbs/06_plots.ipynb #0ce40fdb
+def draw_share(ax, rows:Sequence[Mapping], colours:Mapping[str, str]) -> None: # "train" rows; of terms
+    "The share of each term, stacked."
+    from matplotlib.ticker import PercentFormatter
+    part = shares(rows)
+    ax.stackplot([row["epoch"] for row in rows], *part.values(), labels=part, colors=[colours[name] for name in part], alpha=.85, edgecolor="white", lw=.5)
+    ax.set(xlabel="epoch", ylim=(0, 1))
+    ax.margins(x=0)
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+
 @styled()
 def show_share(run, # Run, or the rows of its metrics.jsonl
                title:str="Share of each term in the objective", note:str=""):
     "Figure of |weight * value| of each term, stacked, as part of their sum, against the epoch."
-    from matplotlib.ticker import PercentFormatter
     rows = run_rows(run, "train")
     if not rows: raise ValueError("the run has no training step yet")
     figure = make_figure(7.5, 3.4, title, note)
-    ax, part = figure.subplots(), shares(rows)
-    colours = [PALETTE[k % len(PALETTE)] for k in range(len(part))]
-    ax.stackplot([row["epoch"] for row in rows], *part.values(), labels=part, colors=colours, alpha=.85, edgecolor="white", lw=.5)
-    ax.set(xlabel="epoch", ylabel="share of |weight × value|", ylim=(0, 1))
-    ax.margins(x=0)
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax = figure.subplots()
+    draw_share(ax, rows, dict(zip(names_in([rows], "losses"), map(shade, count()))))
+    ax.set_ylabel("share of |weight × value|")
     figure.legend(*[values[::-1] for values in ax.get_legend_handles_labels()], loc="outside right center")
+    return figure
+
+# %% ../nbs/06_plots.ipynb #b2bdc0f3
+@styled()
+def show_shares(runs:Mapping[str, object], # name -> Run, or rows of its metrics.jsonl
+                columns:int=4, title:str="Share of each term in the objective", note:str=""):
+    "Figure of |weight * value| of each term, as part of their sum, a panel for each run. ValueError for a run without a step."
+    rows = {name: run_rows(run, "train") for name, run in runs.items()}
+    if empty := [name for name, own in rows.items() if not own]: raise ValueError(f"{empty[0]} has no training step yet")
+    colours = dict(zip(names_in(rows.values(), "losses"), map(shade, count())))
+    columns = min(columns, len(rows))
+    lines = -(-len(rows) // columns)
+    figure = make_figure(max(4.5, 2.8 * columns), 2. * lines + .8, title, note)
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for ax, (name, own) in zip(axes, rows.items()):
+        draw_share(ax, own, colours)
+        ax.set_title(name)
+    for ax in axes[len(rows):]: ax.set_visible(False)
+    for ax in axes[::columns]: ax.set_ylabel("share of |weight × value|")
+    handles = [axes[0].fill_between([], [], color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8))
     return figure
 
 # %% ../nbs/06_plots.ipynb #8179ea45
@@ -198,7 +224,7 @@ def distinct(values:Sequence[float], # positive
         if not kept or value >= ratio * kept[-1]: kept.append(value)
     return kept
 
-# %% ../nbs/06_plots.ipynb #9628b173
+# %% ../nbs/06_plots.ipynb #ecae8c5b
 def draw_cost(ax, table, cost:str, score:str, colours:Mapping[str, str]) -> None:
     "Score against one cost on a log axis that is marked where networks stand, a labelled point per method."
     middle = np.sqrt(table[cost].min() * table[cost].max())

@@ -15,7 +15,7 @@ NOTEBOOK = PAPERS/"hlfd.ipynb"
 NOTE = "phantom data, smoke preset"
 METHODS = ("kd", "at", "emkd", "hilbert", "attn_kd", "wo_feedback", "deep_kd", "indv_feedback", "cat_feedback", "hlfd")
 ROLES = ("teacher", "student", *METHODS)
-DRAWN = {"training_samples", "examples", "links", "curves_alone", "curves_distilled", *(f"share_{name}" for name in METHODS), "attention", "activation", "scores",
+DRAWN = {"training_samples", "examples", "links", "curves_alone", "curves_distilled", "shares", "attention", "activation", "scores",
          "overlays", "samples", "ablation", "cost"}
 KIDNEYS = [f"case_{k:05d}" for k in (1, 2, 5, 0, 6, 17)]
 
@@ -162,7 +162,7 @@ def test_other_networks(here, twins, parameters):
 
 def test_a_structure_of_the_heart(here, twins):
     cells = Cells(NOTEBOOK, data_root=str(twins), dataset="phantom:acdc", protocol="published", foreground=1, **TINY)
-    made = cells.run_to("GAINS =", skip=["curves_alone", "curves_distilled", "share_{", 'figure("scores"', "show_links(", '"attention"', '"activation"'])
+    made = cells.run_to("GAINS =", skip=["curves_alone", "curves_distilled", "show_shares", 'figure("scores"', "show_links(", '"attention"', '"activation"'])
     assert made["source"].classes == ("background", "right ventricle") and set(made["released"].index) == {"teacher", "student", "emkd", "hlfd"}
     assert {row["metric"] for row in made["rows"]} == {"dice", "voe", "rvd", "hd95", "assd"} and made["source"].patch == (64, 64)
 
