@@ -122,7 +122,7 @@ def resized(image:np.ndarray, # (H,W) float32
     return dict(image=resize_slices(image[None], (size, size))[0],
                 label=resize_slices(label[None], (size, size), nearest=True)[0])
 
-# %% ../../nbs/data/08_slices.ipynb #a077614c
+# %% ../../nbs/data/08_slices.ipynb #6058c18a
 class TrainSlices(Slices):
     """Random slices for training. `sample(index, rng)` draws from `rng` alone; `self[index]` is one
     of them, always the same."""
@@ -137,6 +137,9 @@ class TrainSlices(Slices):
             raise ValueError(f"empty={empty}; expected a share from 0 up to, not including, 1")
         full = [(scan["full"] if "full" in scan else scan["label"].any((1, 2))) | (empty is None)
                 for scan in self.scans.values()]
+        if full and not np.concatenate(full).any():
+            raise ValueError(f"no training slice has foreground, of {len(full)} scans, first "
+                             f"{next(iter(self.scans))}; check the labels, or take another class")
         full = np.concatenate(full) if full else np.zeros(0, bool)
         self.full, self.empty = np.flatnonzero(full), np.flatnonzero(~full)
         self.extra = math.ceil(len(self.full) * empty / (1 - empty)) if len(self.empty) else 0
