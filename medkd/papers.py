@@ -5,7 +5,7 @@ __all__ = ['injected', 'fits', 'check_parameters', 'type_name', 'numbers', 'choo
            'prediction_folder', 'predict_all', 'stored_scores', 'stored_predictions', 'volume_predictions',
            'shown_case', 'mean_score', 'verdict', 'trained_term', 'adopt', 'keep', 'write_results']
 
-# %% ../nbs/10_papers.ipynb #bff30200
+# %% ../nbs/10_papers.ipynb #516ee204
 import ast
 import shutil
 import types
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .core import Term, unknown
 from .files import make_folder, read_json, write_atomic, write_json
-from .inference import read_prediction, score_predictions, store_predictions
+from .inference import label_map, read_prediction, score_predictions, store_predictions
 from .losses.cirkd import CIRKD
 from .losses.ifvd import IFVD
 from .losses.logits import CWD, DIST, DKD, KD, NKD
@@ -155,11 +155,13 @@ def stored_scores(runs:Mapping[str, Run], tests:Mapping, metrics:Sequence[str]=V
             rows += long_rows(scores, method, name, patients)
     return rows
 
-# %% ../nbs/10_papers.ipynb #5a32ea6f
+# %% ../nbs/10_papers.ipynb #c0dc14bb
 def stored_predictions(runs:Mapping[str, Run], data_name:str, cases:Sequence[str]) -> dict[str, dict]:
-    "method -> case -> (H,W) stored probability of the foreground."
-    return {method: {case: read_prediction(prediction_folder(run, data_name), case) for case in cases}
-            for method, run in runs.items()}
+    "method -> case -> (H,W) stored probability of the foreground, or of more than two classes the most probable one."
+    def read(run, case):
+        found = read_prediction(prediction_folder(run, data_name), case)
+        return found if found.ndim == 2 else label_map(found)
+    return {method: {case: read(run, case) for case in cases} for method, run in runs.items()}
 
 # %% ../nbs/10_papers.ipynb #e657dec1
 def volume_predictions(runs:Mapping[str, Run], splits, # Splits of volumes
