@@ -152,7 +152,7 @@ def result_row(item:Mapping, predictions:Mapping[str, Mapping], crop, colours:Ma
     whole = [] if crop is None else [("image", framed(image, window))]
     return whole + [(title, picture[y:y + h, x:x + w]) for title, picture in row]
 
-# %% ../nbs/04_show.ipynb #d06798c8
+# %% ../nbs/04_show.ipynb #8ee1ca19
 @styled()
 def show_results(items,              # dataset or list of items: image (C,H,W), label (H,W), case, fov
                  predictions:Mapping[str, Mapping], # method -> case -> (H,W) probability or label map
@@ -166,7 +166,7 @@ def show_results(items,              # dataset or list of items: image (C,H,W), 
     shapes = [max((picture.shape[:2] for _, picture in row), key=lambda s: s[0] / s[1]) for row in rows]
     figure, axes = picture_grid(shapes, len(rows[0]), title, note, lines=2 + max(name.count(" ") for name in predictions) if len(predictions) > 4 else 1)
     for line, label, row in zip(axes, chosen, rows):
-        line[0].set_ylabel(label.replace(": ", "\n"))
+        line[0].set_ylabel(label.replace(": ", "\n"), fontsize=min(10, 160 / max(map(len, label.split(": "))))) # the row is no higher
         for ax, (name, picture) in zip(line, row):
             ax.imshow(picture)
             ax.set_title(name)
