@@ -13,14 +13,14 @@ from torch import nn
 
 from medkd.core import Taps, tap_shapes
 from medkd.files import read_json
-from medkd.losses.fsp import FSP
-from medkd.losses.ft import FT
+from medkd.losses.fsp import FSP, fsp
+from medkd.losses.ft import FT, ft
 from medkd.losses.graph_flow import (CoCo, GraphFlow, Paraphrase, Paraphraser, coco, graph_flow, paraphrase_scores,
                                      read_tap, salience, stepped_poly, variation, windows)
 from medkd.losses.logits import KD
-from medkd.losses.skd import SKD, Discriminator, Holistic, gradient_penalty, pairwise, pixelwise
+from medkd.losses.skd import SKD, Discriminator, Holistic, SelfAttention, gradient_penalty, pairwise, pixelwise
 from medkd.losses.task import Seg
-from medkd.losses.vid import VID
+from medkd.losses.vid import VID, vid
 from medkd.models.zoo import build
 from medkd.trainers import Adversary, Recipe, fit, poly
 from medkd.trainers.checkpoint import read_checkpoint
@@ -104,6 +104,22 @@ def test_vertices_do_not_depend_on_the_place(k):
 
 
 @pytest.mark.parametrize("ndim", (2, 3))
+def test_a_shift_leaves_both_losses(ndim):
+    student, teacher = maps(ndim, size=5)
+    padded, axes = [[F.pad(f, [4] * 2 * ndim) for f in pair] for pair in (student, teacher)], tuple(range(2, 2 + ndim))
+    moved = [padded[0][0].roll((2, -1, 1)[:ndim], axes), padded[0][1]] # patches stay inside
+    torch.testing.assert_close(values(moved, padded[1]), values(*padded), rtol=0, atol=0)
+
+
+def test_equal_taps_after_the_paraphrasers():
+    held = [Paraphraser(6, 4) for _ in range(2)]
+    teacher = Taps(dict(encoder=torch.randn(2, 6, 8, 8), decoder=torch.randn(2, 6, 8, 8)))
+    student = Taps({tap: one.encode(teacher[tap]) for one, tap in zip(held, teacher)})
+    for term in (GraphFlow(held, k=5), FSP(held), CoCo(held)):
+        assert all(loss == 0 for loss in term(student, teacher, {}, frozenset(term.names)).values())
+
+
+@pytest.mark.parametrize("ndim", (2, 3))
 def test_gradient_stays_inside_the_windows(ndim):
     student, teacher = maps(ndim)
     for f in student + teacher: f.requires_grad_()
@@ -163,6 +179,31 @@ def test_published_taps_need_no_resizing(name, channels):
     assert shapes["encoder"] == shapes["decoder"] == (1, channels, 16, 16)
 
 
+# half precision and comparators
+@pytest.mark.parametrize("kind", (torch.float16, torch.bfloat16))
+def test_half_precision_is_widened(kind):
+    torch.manual_seed(0)
+    student, teacher = ([200 * torch.randn(2, 4, 8, 8, dtype=kind) for _ in range(2)] for _ in range(2)) # squares overflow float16
+    losses = dict(inner=graph_flow, cosine=partial(graph_flow, edges="cosine"), coco=coco, fsp=fsp, ft=lambda s, t: ft(s[0], t[0]),
+                  vid=lambda s, t: vid(s[0], torch.zeros(4), t[0]), pairwise=lambda s, t: pairwise(s[0], t[0]),
+                  pixelwise=lambda s, t: pixelwise(s[0], t[0]))
+    for name, loss in losses.items():
+        found, wide = loss(student, teacher), loss([f.float() for f in student], [f.float() for f in teacher])
+        torch.testing.assert_close(found, wide, msg=name)
+
+
+def test_comparators_as_written():
+    torch.manual_seed(0)
+    (a_s, a_t), (b_s, b_t) = (torch.randn(2, 2, c, n, n, dtype=torch.float64) for c, n in ((3, 8), (4, 4)))
+    flow = lambda a, b: torch.einsum("bchw,bdhw->bcd", F.adaptive_avg_pool2d(a, 4), b) / 16
+    torch.testing.assert_close(fsp((a_s, b_s), (a_t, b_t)), (flow(a_s, b_s) - flow(a_t, b_t)).square().mean())
+    unit = lambda f: f.flatten(1) / f.flatten(1).norm(dim=1, keepdim=True)
+    torch.testing.assert_close(ft(a_s, a_t), (unit(a_s) - unit(a_t)).abs().mean())
+    log_variance = torch.tensor([.1, -1, 2], dtype=torch.float64)
+    spread = log_variance.view(1, 3, 1, 1)
+    torch.testing.assert_close(vid(a_s, log_variance, a_t), (.5 * (spread + (a_s - a_t).square() / spread.exp())).mean())
+
+
 # SKD
 @pytest.mark.parametrize("ndim", (2, 3))
 def test_pixelwise_is_the_sum_over_images(ndim):
@@ -217,6 +258,61 @@ def test_spectral_norm_goes_on_in_eval():
     v = F.normalize(W.T @ u, dim=0)
     u = F.normalize(W @ v, dim=0)
     torch.testing.assert_close(net.layers[0].weight.flatten(1), W / (u @ W @ v))
+
+
+class Plain:
+    "The discriminator from its formulas: tanh, four convolutions with a power iteration in every pass, attention, one convolution."
+    def __init__(self, net):
+        self.layers = list(net.layers)
+        self.norms = {i: (part[0].u.clone(), part.original) for i, layer in enumerate(self.layers)
+                      if (part := getattr(layer, "parametrizations", {}) and layer.parametrizations.weight)}
+
+    def __call__(self, x, *image):
+        x = torch.cat([*image, x.tanh()], 1)
+        for i, layer in enumerate(self.layers):
+            if i in self.norms: x = F.conv2d(x, self.weight(i), layer.bias, stride=2, padding=1)
+            elif isinstance(layer, SelfAttention): x = self.attend(layer, x)
+            else: x = layer(x)
+        return x
+
+    def weight(self, i):
+        u, weight = self.norms[i]
+        matrix = weight.flatten(1)
+        with torch.no_grad():
+            v = F.normalize(matrix.T @ u, dim=0)
+            u = F.normalize(matrix @ v, dim=0)
+        self.norms[i] = u, weight
+        return weight / (u @ matrix @ v)
+
+    def attend(self, layer, x):
+        q, k, v = (part(x).flatten(2) for part in (layer.query, layer.key, layer.value))
+        return layer.gamma * torch.einsum("bcj,bij->bci", v, torch.einsum("bci,bcj->bij", q, k).softmax(2)).view_as(x) + x
+
+
+@pytest.mark.parametrize("channels", (0, 1))
+def test_the_discriminator_learns_as_written(channels):
+    torch.manual_seed(0)
+    adversary = Holistic(preprocess="tanh", scale=1., width=.125, image_channels=channels)
+    adversary.build(*[dict(out=(2, 2, 64, 64))] * 2)
+    net = adversary.net.double()
+    for layer in net.layers:
+        if isinstance(layer, SelfAttention): layer.gamma.data.fill_(.7)
+    z_s, z_t = torch.randn(2, 2, 2, 64, 64, dtype=torch.float64)
+    batch, plain = dict(image=torch.randn(2, 1, 64, 64, dtype=torch.float64)), Plain(net)
+    shown = [batch["image"]] * channels
+    torch.testing.assert_close(adversary.student(dict(out=z_s), {}, batch)["adversarial"], -plain(z_s, *shown).mean())
+    torch.manual_seed(1)
+    losses = adversary(dict(out=z_s), dict(out=z_t), batch)
+    torch.manual_seed(1)
+    d_t, d_s = plain(z_t, *shown), plain(z_s, *shown)
+    alpha = torch.rand(2, 1, 1, 1).double()
+    between = (alpha * z_t + (1 - alpha) * z_s).requires_grad_()
+    slope, = torch.autograd.grad(plain(between, *shown).sum(), between, create_graph=True)
+    expected = dict(discriminator=d_s.mean() - d_t.mean(), penalty=10 * (slope.flatten(1).norm(dim=1) - 1).square().mean())
+    for name, loss in expected.items(): torch.testing.assert_close(losses[name], loss, msg=name)
+    grads = [torch.autograd.grad(sum(found.values()), [*net.parameters()], allow_unused=True, materialize_grads=True)
+             for found in (losses, expected)]
+    for ours, theirs in zip(*grads): torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-10)
 
 
 def test_penalty_is_zero_for_unit_gradients():

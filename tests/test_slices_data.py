@@ -470,6 +470,31 @@ def test_half_of_every_batch_is_unlabelled(abdomens, sections):
             with_unlabelled(load, 1.)
 
 
+def test_unlabelled_fundi_are_drawn_without_their_labels(tmp_path):
+    data.phantom("chasedb1", tmp_path, ["Image_01L", "Image_01R", "Image_02L", "Image_03L", "Image_10L", "Image_11L"], (48, 56))
+    load = partial(data.load, "phantom:chasedb1", tmp_path, patch=32, patches_per_image=2)
+    both, alone = with_unlabelled(load, 1), only_labelled(load, 1)
+    own = set(alone.train.cases)
+    assert len(set(alone.train.patients)) == 1 and len(set(both.train.patients)) == 3
+    for batch in training_loader(Places(both.train, 4, seed=1, start=0, total=6), workers=0):
+        assert batch["labelled"].tolist().count(True) == 2 and batch["image"].shape == (4, 1, 32, 32)
+        assert [case in own for case in batch["case"]] == batch["labelled"].tolist()
+        assert all((label == -1).all() != kept for label, kept in zip(batch["label"], batch["labelled"].tolist()))
+    whole = load()
+    for case, arrays in zip(whole.train.cases, whole.train.arrays):
+        if case not in own: arrays["label"] = 1 - arrays["label"]
+    other = with_unlabelled(whole, 1)
+    assert all(torch.equal(both.train[i]["image"], other.train[i]["image"]) for i in range(len(other.train)))
+
+
+def test_unlabelled_hearts_are_drawn_without_their_labels(hearts):
+    both = with_unlabelled(acdc(hearts), 1)
+    labelled, unlabelled = both.train.halves
+    assert len(unlabelled) == 2 * 2 * 6 and len(labelled) < 2 * 6, "all slices lend their image, those with foreground train"
+    assert not any(scan["label"].any() for scan in unlabelled.scans.values())
+    assert {both.train.sample(i, np.random.default_rng(0))["label"].max().item() for i in range(both.train.longest, len(both.train))} == {-1}
+
+
 def test_processes_share_both_halves():
     toy = [dict(image=torch.zeros(1, 4, 4), label=torch.zeros(4, 4).long(), case=f"{i}") for i in range(9)]
     train = HalfLabelled(toy[:2], toy[2:])

@@ -32,7 +32,7 @@ def as_item(case:str,
     return dict(image=tensor(image)[None], label=tensor(label).long(), case=case,
                 **{name: tensor(mask) for name, mask in masks.items()})
 
-# %% ../../nbs/data/03_patches.ipynb #581098b9
+# %% ../../nbs/data/03_patches.ipynb #39b981c3
 class Patches(Pictures):
     """Random square patches with vessels in them, `per_image` of each picture in an epoch.
     `sample(index, rng)` draws from `rng` alone; `self[index]` is one of them, always the same."""
@@ -59,6 +59,11 @@ class Patches(Pictures):
         keep = [k for k, patient in enumerate(self.patients) if patient in patients]
         few = ([values[k] for k in keep] for values in (self.cases, self.arrays, self.patients))
         return Patches(*few, self.patch, self.per_image, self.vessels)
+
+    def without_labels(self) -> "Patches":
+        "The same pictures with labels of zeros, so that patches lie anywhere."
+        blank = [a | dict(label=np.zeros_like(a["label"])) for a in self.arrays]
+        return Patches(self.cases, blank, self.patients, self.patch, self.per_image, self.vessels)
 
     def sample(self, index:int, rng:np.random.Generator) -> dict:
         "A random patch (1,patch,patch) of picture `index % number of pictures`."

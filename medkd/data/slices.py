@@ -122,7 +122,7 @@ def resized(image:np.ndarray, # (H,W) float32
     return dict(image=resize_slices(image[None], (size, size))[0],
                 label=resize_slices(label[None], (size, size), nearest=True)[0])
 
-# %% ../../nbs/data/08_slices.ipynb #6058c18a
+# %% ../../nbs/data/08_slices.ipynb #66176814
 class TrainSlices(Slices):
     """Random slices for training. `sample(index, rng)` draws from `rng` alone; `self[index]` is one
     of them, always the same."""
@@ -155,6 +155,12 @@ class TrainSlices(Slices):
         "The slices of these patients."
         scans = {name: scan for name, scan in self.scans.items() if self.volumes[name] in patients}
         return TrainSlices(list(scans), list(scans.values()), self.share, self.change, self.volumes)
+
+    def without_labels(self) -> "TrainSlices":
+        "All slices, each once in an epoch, with labels of zeros."
+        blank = [{key: x for key, x in scan.items() if key != "full"} |
+                 dict(label=np.zeros(scan["label"].shape, np.uint8)) for scan in self.scans.values()]
+        return TrainSlices(list(self.scans), blank, None, self.change, self.volumes)
 
     def sample(self, index:int, rng:np.random.Generator) -> dict:
         "Slice `index` of those with foreground, or a random one without; changed a little."

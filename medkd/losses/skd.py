@@ -160,7 +160,7 @@ class SelfAttention(nn.Module):
         attention = (q.transpose(1, 2) @ k).softmax(-1) # (B,positions,keys)
         return self.gamma * (v @ attention.transpose(1, 2)).view_as(x) + x
 
-# %% ../../nbs/losses/04_skd.ipynb #602d0021
+# %% ../../nbs/losses/04_skd.ipynb #f4b6d725
 class Discriminator(nn.Module):
     """Scores (B,1,*s) of logits (B,K,*S): four spectral-normalised convolutions that halve the
     size, attention after the last two, one more convolution. Sizes must be at least 64."""
@@ -178,27 +178,31 @@ class Discriminator(nn.Module):
             self.norm = (nn.BatchNorm2d, nn.BatchNorm3d)[ndim - 2](num_classes)
         wide = [max(8, round(n * width)) for n in (64, 128, 256, 512)]
         widths, layers = (num_classes + image_channels, *wide), []
-        for a, b in zip(widths, widths[1:]):
+        for stage, (a, b) in enumerate(zip(widths, widths[1:])):
             halve = conv(a, b, 4, stride=2, padding=1)
             register_parametrization(halve, "weight", SpectralNorm(halve.weight))
-            layers += [halve, nn.LeakyReLU(.1), *([SelfAttention(b, conv)] if b in wide[2:] else [])]
+            layers += [halve, nn.LeakyReLU(.1), *([SelfAttention(b, conv)] if stage > 1 else [])]
         self.layers = nn.Sequential(*layers, conv(b, 1, 4))
 
     def forward(self, logits:Tensor, # (B,K,*S)
                 image:Tensor|None=None, # (B,image_channels,*S)
                 ) -> Tensor:
+        if (given := 0 if image is None else image.shape[1]) != self.image_channels:
+            raise ValueError(f"built with image_channels={self.image_channels}, the discriminator "
+                             f"was given an image of {given} channels")
         if self.preprocess == "batch_norm": x = self.norm(logits)
         else: x = logits.tanh() if self.preprocess == "tanh" else 2 * (logits / 255 - .5)
         return self.layers(torch.cat([image, x], 1) if self.image_channels else x)
 
-# %% ../../nbs/losses/04_skd.ipynb #3b2a0805
+# %% ../../nbs/losses/04_skd.ipynb #99ec12d4
 def holistic(student:Tensor, # scores of the student's prediction
              teacher:Tensor, # scores of the teacher's
              loss:str="wgan-gp", # or "hinge"
              ) -> Tensor:
     "The discriminator's loss, mean over batch and places, without the gradient penalty."
     if loss == "wgan-gp": return student.mean() - teacher.mean()
-    return F.relu(1 - teacher).mean() + F.relu(1 + student).mean()
+    if loss == "hinge": return F.relu(1 - teacher).mean() + F.relu(1 + student).mean()
+    raise ValueError(f"loss {loss!r}; expected 'wgan-gp' or 'hinge'")
 
 # %% ../../nbs/losses/04_skd.ipynb #d8f45b97
 def gradient_penalty(discriminator:nn.Module, # (B,K,*S), *condition -> scores
