@@ -111,19 +111,22 @@ def from_bits(codes:np.ndarray, masks:int # 0: a label map
     "What `to_bits` was given."
     return np.stack([codes >> k & 1 for k in range(masks)]).astype(bool) if masks else codes.copy()
 
-# %% ../nbs/03_native.ipynb #afb2106a
+# %% ../nbs/03_native.ipynb #344a9619
 def store_labels(net:nn.Module,      # in eval mode; forward gives logits (B,K,*S)
                  data:Volumes,
                  folder:str|Path,    # takes one <case>.nii.gz each
                  weights_sha256:str, # of the network
                  data_sha256:str,    # of the data
                  tile:Sequence[int]|None=None, # of a sliding window, usually Splits.patch; None: whole volumes
-                 overlap:float=.5, blend:str="gaussian", batch:int=4, # tiles at a time
+                 overlap:float=.5,
+                 blend:str|None=None, # "gaussian", which None means, or "constant": None of "published"
+                 batch:int=4,         # tiles at a time
                  evaluation:str="native") -> Path: # or "published": on the network's grid
     """Predict every case once: a folder made by the same weights on the same data in the same way is
     taken as it is, another is made anew. Its predictions.json says which."""
     if evaluation not in EVALUATIONS:
         raise ValueError(f"evaluation={evaluation!r}; expected {' or '.join(EVALUATIONS)}")
+    blend = blend or ("constant" if evaluation == "published" else "gaussian")
     folder, masks = make_folder(folder), len(data.regions or ())
     about = dict(weights_sha256=weights_sha256, data_sha256=data_sha256, tile=tile and list(tile),
                  overlap=overlap, blend=blend, evaluation=evaluation, masks=masks, cases=len(data))

@@ -276,6 +276,16 @@ def test_hard_boundary_reads_labelled_anchors_only():
     assert none["hbd"] == 0 and none["hbd"].requires_grad
 
 
+def test_hard_boundary_is_the_sum_over_the_images_of_all_processes(monkeypatch):
+    "Gradients are averaged over processes, each of which has its part of the images."
+    term, student, teacher, batch = built()
+    whole = losses(term, student, teacher, batch, ["hbd"])["hbd"]
+    monkeypatch.setattr("medkd.losses.acf_bckd.processes", lambda: 2)
+    cut = lambda taps, i: {name: tap[i:i + 1] for name, tap in taps.items() if torch.is_tensor(tap)}
+    halves = [losses(term, cut(student, i), cut(teacher, i), cut(batch, i), ["hbd"])["hbd"] for i in (0, 1)]
+    torch.testing.assert_close(sum(halves) / 2, whole)
+
+
 def test_overlapping_classes():
     term, student, teacher, batch = built(multi_label=True)
     masks = torch.stack([batch["label"] > 0, batch["label"] > 1, batch["label"] == 1], 1)
@@ -320,10 +330,10 @@ def test_published_residual(name):
 
 
 @pytest.mark.parametrize("teacher", ["resunet3d", "segresnet"])
-@pytest.mark.parametrize("student", ["unet3d_tiny", "mobile_unet3d"])
+@pytest.mark.parametrize("student", ["unet3d_tiny", "espnetv2_3d", "mobile_unet3d", "lcovnet"])
 def test_one_step_of_a_pair(student, teacher):
     torch.manual_seed(0)
-    nets = build(student, 1, 3, .125), freeze(build(teacher, 1, 3, .125))
+    nets = build(student, 1, 3, .25), freeze(build(teacher, 1, 3, .125))
     term, x = ACFBCKD(), torch.randn(2, 1, 32, 32, 32)
     mine, theirs = (Tapped(net, names)(x) for net, names in zip(nets, term.needs))
     term.build(*({name: tap.shape for name, tap in taps.items()} for taps in (mine, theirs)))

@@ -8,11 +8,13 @@ import torch.distributed
 import torch.nn.functional as F
 import toy
 
+from medkd.losses.acf_bckd import hard_boundary
 from medkd.losses.at import AT, at
 from medkd.losses.cirkd import CIRKD, ClassQueue, Memory, SimilarityKL, minibatch, pooled, units
 from medkd.losses.ifvd import IFVD, ifvd
 from medkd.losses.logits import (DKD, NKD, cwd, dist, dkd, kd_kl, kd_sigmoid_mse, nkd)
-from medkd.losses.task import class_masks
+from medkd.losses.skd import SKD, pairwise, pixelwise
+from medkd.losses.task import class_masks, dice_ce
 
 SHAPES = [(2, 2, 6, 5), (2, 4, 5, 4, 6)]
 
@@ -151,6 +153,23 @@ def test_finite_for_any_confidence(name, kind):
     assert value.isfinite() and gradient.isfinite().all()
 
 
+FEATURES = {
+    "at": at, "at, 4": partial(at, p=4), "skd, pairs": pairwise, "skd, pixels": pixelwise, "skd, pixels, masks": partial(pixelwise, multi_label=True),
+    "skd, as published": partial(pixelwise, multi_label=True, overlap="as_published"), "minibatch": minibatch,
+    "ifvd": lambda s, t: ifvd(s, t, torch.zeros(1, 2, 2, 2, dtype=torch.long), 3), "ifvd, no mask": lambda s, t: ifvd(s, t, torch.zeros(1, 3, 2, 2, 2), 3),
+    "dkd, masks": lambda s, t: dkd(s, t, (t > 0).long()), "dkd, no mask": lambda s, t: dkd(s, t, torch.zeros(1, 3, 2, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", ["wrong", "right", "flat", "both", "random"])
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_and_masks_are_finite_for_any_size(name, kind):
+    student, teacher, _ = confident(kind)
+    for student, teacher in ((student, teacher), (teacher, student)):
+        value, gradient = value_and_gradient(lambda s: FEATURES[name](s, teacher), student)
+        assert value.isfinite() and gradient.isfinite().all()
+
+
 def test_dkd_masks_what_no_subtraction_masks():
     "A student that is sure of the label: 1000 / tau would not take it out."
     student = torch.tensor([9000., 1., 0.]).view(1, 3, 1, 1)
@@ -158,6 +177,13 @@ def test_dkd_masks_what_no_subtraction_masks():
     label = torch.zeros(1, 1, 1, dtype=torch.long)
     others = kd_kl(student[:, 1:], teacher[:, 1:], 4.)
     torch.testing.assert_close(dkd(student, teacher, label, alpha=0., beta=1.), others)
+
+
+def test_a_label_map_with_an_axis_of_its_own_is_refused():
+    "(B,1,*S), as MONAI has it, is no mask for each class."
+    student, teacher, label = logits((2, 3, 4, 4))
+    for loss in (dkd, partial(ifvd, num_classes=3), partial(hard_boundary, multi_label=True), lambda s, t, y: dice_ce(s, y)):
+        with pytest.raises(ValueError, match=r"label \(2, 1, 4, 4\) for 3 classes: expected class numbers"): loss(student, teacher, label[:, None])
 
 
 @pytest.mark.parametrize("cls", [DKD, NKD, IFVD])
@@ -254,6 +280,19 @@ def test_dead_features_have_finite_gradients():
                  lambda s: at(s, dead)):
         value, gradient = value_and_gradient(loss, dead)
         assert value.isfinite() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["2-D", "3-D"])
+def test_skd_of_overlapping_classes(shape):
+    student, teacher, _ = logits(shape)
+    p_t, count = teacher.sigmoid(), teacher[0].numel()
+    cross = lambda s: -(p_t * s.sigmoid().log() + (1 - p_t) * (1 - s.sigmoid()).log()).sum() / count
+    product = lambda s: (p_t * s.sigmoid()).sum() / count
+    for form, plain in dict(cross_entropy=cross, as_published=product).items():
+        assert_same(lambda s: pixelwise(s, teacher, "reference", multi_label=True, overlap=form), plain, student)
+        term = SKD("f", multi_label=True, reduction="reference", overlap=form)
+        found = term(dict(f=None, out=student), dict(f=None, out=teacher), {}, frozenset(["pixelwise"]))
+        torch.testing.assert_close(found["pixelwise"], plain(student))
 
 
 # CIRKD

@@ -19,6 +19,7 @@ from medkd.losses.at import AT
 from medkd.losses.cirkd import CIRKD
 from medkd.losses.ifvd import IFVD
 from medkd.losses.logits import CWD, DIST, DKD, KD, NKD
+from medkd.losses.skd import SKD
 from medkd.losses.task import Seg
 from medkd.models.zoo import build
 from medkd.trainers import Recipe, fit
@@ -63,9 +64,9 @@ def unscored(net, loader): return dict(dice=0.)
 METHODS = dict(
     acf_bckd=((Seg, ACFBCKD), dict(seg=1, **acf_bckd_weights(.1, .5))),
     comparators=(
-        (Seg, partial(KD, mode="sigmoid_mse"), partial(AT, LEVELS), NKD, DKD, CWD, DIST, IFVD,
-         partial(CIRKD, "head_in", pixels=64, regions=8, sampled=16)),
-        dict(seg=1, kd=10, at=200, nkd=1, dkd=.1, cwd=1, dist=1, ifvd=200, minibatch=1, pixel=.1, region=.1)))
+        (Seg, partial(KD, mode="sigmoid_mse"), partial(AT, LEVELS), NKD, partial(SKD, "head_in", reduction="reference"), DKD, CWD, DIST,
+         IFVD, partial(CIRKD, "head_in", pixels=64, regions=8, sampled=16)),
+        dict(seg=1, kd=10, at=200, nkd=1, pixelwise=10, pairwise=1, dkd=.1, cwd=1, dist=1, ifvd=200, minibatch=1, pixel=.1, region=.1)))
 
 
 def curve(name, folder):

@@ -19,6 +19,7 @@ from medkd.data.base import collate, data_root
 from medkd.data.volumes import nifti_bytes, read_label, read_volume
 from medkd.inference import dice_score
 from medkd.losses.task import Seg
+from medkd.models.zoo import build
 from medkd.native import published_mean, read_labels, score_labels, store_labels
 from medkd.trainers import Recipe, fit
 
@@ -279,6 +280,15 @@ def test_flat_images(tmp_path):
         assert scores.mean()["dice"] > .95 and scores.rows[0]["unit"] == unit
 
 
+def test_masks_of_0_and_255_need_a_description(tmp_path):
+    for i in range(4):
+        pixels, label = blob((40, 36), i)
+        put(tmp_path / f"raw/imagesTr/c{i}_0000.png", pixels)
+        put(tmp_path / f"raw/labelsTr/c{i}.png", 255 * label)
+    with pytest.raises(ValueError, match="no dataset.json, and its label maps hold 0, 255; expected classes 0, 1"):
+        data.load("nnunet", folder=tmp_path / "raw")
+
+
 class Bright(nn.Module):
     "Foreground is what is brighter than the middle of some images."
     def __init__(self, image):
@@ -377,6 +387,36 @@ def test_both_evaluations(originals, tmp_path):
     published = score_labels(stored(missing, folder=tmp_path / "d", evaluation="published"), shown, splits.classes, ("dice", "hd95"))
     assert native.per_class("hd95")["liver"] > 200 and np.isnan(published.per_class("hd95")["liver"])
     assert native.per_class("dice")["liver"] == published.per_class("dice")["liver"] == 0
+
+
+TURNS = {"flipped": np.diag([-1., 1, -1]), "permuted": np.eye(3)[[2, 0, 1]], "both": -np.eye(3)[[1, 2, 0]],
+         "oblique": np.linalg.qr(np.eye(3)[[1, 0, 2]] * (1, -1, 1) + .2)[0]}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize("grey", ["zscore", "ct"])
+def test_labels_come_back_to_the_grid_of_the_file(turn, grey, tmp_path):
+    affine = np.eye(4)
+    affine[:3] = np.c_[TURNS[turn] * (.7, 1.2, 3.), (-40, 12, 7)]
+    rng, folder = np.random.default_rng(0), tmp_path / "Dataset002_Turned"
+    for i in range(4):
+        pixels, label = blob((14, 18, 9), i)
+        put(folder / f"imagesTr/c{i}_0000.nii.gz", pixels, affine)
+        put(folder / f"labelsTr/c{i}.nii.gz", label + rng.integers(0, 2, label.shape).astype(np.uint8), affine)
+    splits = data.load("nnunet", folder=folder, grey=grey, patch=(8, 8, 8))
+    case = splits.test.cases[0]
+    stored = store_labels(Oracle(3), Shown(splits.test), tmp_path / "out", "w", "d", splits.patch)
+    ours, theirs = (nibabel.load(path) for path in (stored / f"{case}.nii.gz", folder / f"labelsTr/{case}.nii.gz"))
+    assert np.array_equal(np.asarray(ours.dataobj), np.asarray(theirs.dataobj)) and np.allclose(ours.affine, theirs.affine, atol=1e-5)
+    assert np.allclose(splits.test.native(case)["spacing"], (.7, 1.2, 3.)) and score_labels(stored, splits.test, splits.classes).mean()["hd95"] == 0
+
+
+@pytest.mark.parametrize("net,rule", [("unet3d_tiny", "multiples of 8"), ("lcovnet", "multiples of 16 and of at least 32")])
+def test_a_patch_that_the_network_cannot_take(net, rule, originals, tmp_path):
+    splits = load_twin("msd", originals, patch=(16, 20, 16))
+    recipe = Recipe(data=splits, student=partial(build, net, 1, 3, .125), terms=(Seg,), weights=dict(seg=1), steps=1, batch_size=1, precision="fp32")
+    with pytest.raises(ValueError, match=rf"{rule}, but was given \(16, 20, 16\): pad, crop or resize"): fit(recipe, tmp_path / "run")
+    assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
 def test_not_finite_and_unknown_blend(originals, tmp_path):

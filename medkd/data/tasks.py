@@ -92,12 +92,16 @@ def label_values(folder:Path, labels:list[str] # relative paths of label maps
     key = "label values 1 " + " ".join(checksums(folder, labels).values())
     return cached(key, compute)["values"].astype(int).tolist()
 
-# %% ../../nbs/data/44_tasks.ipynb #3f5854ff
+# %% ../../nbs/data/44_tasks.ipynb #bf184869
 def scanned(folder:Path, labels:list[str], channels:int, known:tuple[str, ...]=() # names for 0, 1, ...
             ) -> dict: # classes, channels, note
-    "Classes and channels of a folder without a dataset.json, and what to say about it."
+    """Classes and channels of a folder without a dataset.json, and what to say about it. ValueError
+    for label maps of a few large values, such as 0 and 255, which are no numbers of classes."""
     values = label_values(folder, labels)
     top = max(1, *values)
+    if 2 * len(values) <= top:
+        raise ValueError(f"{folder} has no dataset.json, and its label maps hold "
+                         f"{', '.join(map(str, values))}; expected classes 0, 1, 2, ...: rewrite them")
     fits = len(known) == top + 1
     classes = known if fits else ("background", *(f"label {value}" for value in range(1, top + 1)))
     note = (f"{folder.name}: no dataset.json here; {len(labels)} labelled cases and {channels} "

@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['hard_boundary', 'soft_boundary', 'AttentionCorrection', 'squeezed', 'energy_loss', 'hard_weight', 'soft_weight',
-           'acf_bckd_weights', 'ACFBCKD']
+           'acf_bckd_weights', 'released_poly', 'ACFBCKD']
 
-# %% ../../nbs/losses/12_acf_bckd.ipynb #50c4ae7d
+# %% ../../nbs/losses/12_acf_bckd.ipynb #e468811c
 from collections.abc import Callable
 from functools import partial
 
@@ -16,6 +16,7 @@ from ..core import Taps, Term, resize, toy_taps, widen
 from .at import attention
 from .boundary import boundary_weight, squared_distance
 from .divergence import SummedKL, cache_size
+from .skd import processes
 from .task import annotated, class_masks
 
 # %% ../../nbs/losses/12_acf_bckd.ipynb #56888af7
@@ -114,7 +115,15 @@ def acf_bckd_weights(step:float=.001, floor:float=.001) -> dict[str, float|Calla
     return dict(hbd=partial(hard_weight, **schedule), sbd=partial(soft_weight, **schedule),
                 afd=25000, cfd=25000)
 
-# %% ../../nbs/losses/12_acf_bckd.ipynb #320e102d
+# %% ../../nbs/losses/12_acf_bckd.ipynb #5ad1e3ac
+def released_poly(epoch:float, epochs:float, # progress, from 0; length
+                  floor:float=0., # the last epoch's
+                  power:float=.9) -> float:
+    "Factor of the learning rate, the same throughout an epoch: from 1 to `floor` in the last."
+    done = min(1., int(epoch) / max(1, epochs - 1))
+    return floor + (1 - floor) * (1 - done) ** power
+
+# %% ../../nbs/losses/12_acf_bckd.ipynb #daa75bc4
 class ACFBCKD(Term):
     """Hard and soft boundary, `hbd` and `sbd`, and attention correction, `afd` and `cfd`. `hbd` reads
     the label, on labelled anchors only. `acf_bckd_weights` gives the paper's weights."""
@@ -139,13 +148,17 @@ class ACFBCKD(Term):
         losses, pair = {}, (student[out], teacher[out])
         if "hbd" in active:
             label, *some = annotated(batch, *pair)
-            options = self.num_classes, self.multi_label
-            losses["hbd"] = hard_boundary(*some, label, *options) if len(label) else some[0].sum()
+            losses["hbd"] = self.hard(*some, label) if len(label) else some[0].sum()
         if "sbd" in active: losses["sbd"] = soft_boundary(*pair, self.multi_label)
         if active & {"afd", "cfd"}:
             parts = self.correction(student[mine], teacher[block], teacher[branch])
             losses |= {name: part for name, part in zip(("afd", "cfd"), parts) if name in active}
         return losses
+
+    def hard(self, student:Tensor, teacher:Tensor, label:Tensor) -> Tensor:
+        "`hard_boundary`, a sum over images, of the batch of all processes."
+        loss = hard_boundary(student, teacher, label, self.num_classes, self.multi_label)
+        return processes() * loss
 
     @staticmethod
     def example(ndim:int, classes:int) -> tuple:

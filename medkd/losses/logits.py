@@ -4,7 +4,7 @@
 __all__ = ['mean_kl', 'kd_kl', 'kd_sigmoid_mse', 'KD', 'cwd', 'CWD', 'correlation', 'dist', 'DIST', 'against_label', 'dkd', 'nkd',
            'DKD', 'NKD']
 
-# %% ../../nbs/losses/02_logits.ipynb #7d58c80d
+# %% ../../nbs/losses/02_logits.ipynb #58ad1108
 import math
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core import Taps, Term, toy_taps, widen
 from .divergence import (SummedKL, SummedOdds, binary_kl, cache_size, no_odds,
                                      target_entropy)
-from .task import annotated, label_at
+from .task import annotated, check_masks, label_at
 
 # %% ../../nbs/losses/02_logits.ipynb #ace7f03d
 def mean_kl(student:Tensor, # (B,K,*S) logits
@@ -131,7 +131,7 @@ def against_label(student:Tensor, # (B,K,*S) logits
     total = SummedOdds.apply(widen(student), widen(teacher.detach()), label, *options)
     return total / label.numel()
 
-# %% ../../nbs/losses/02_logits.ipynb #a8777f81
+# %% ../../nbs/losses/02_logits.ipynb #145be20c
 def dkd(student:Tensor, # (B,K,*S) logits
         teacher:Tensor, # (B,K,*S) logits
         label:Tensor,   # (B,*S) int64 in 0..K-1; or (B,K,*S) 0/1 when classes overlap; of any size
@@ -143,6 +143,7 @@ def dkd(student:Tensor, # (B,K,*S) logits
     other classes. Overlapping classes: mean over all elements of alpha * squared difference of
     sigmoids + beta * the same with the logits of marked elements set to 0."""
     if label.ndim == student.ndim:
+        check_masks(label, student.shape[1])
         unmarked = 1 - label_at(label, student.shape[2:]).to(student.dtype)
         among = kd_sigmoid_mse(student * unmarked, teacher * unmarked)
         return alpha * kd_sigmoid_mse(student, teacher) + beta * among

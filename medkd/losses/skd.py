@@ -16,22 +16,26 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from ..core import Adversary, Taps, Term, toy_taps, widen
 
-# %% ../../nbs/losses/04_skd.ipynb #e2f65ec1
+# %% ../../nbs/losses/04_skd.ipynb #59b04aae
 def pixelwise(student:Tensor, # (B,K,*S) logits
               teacher:Tensor, # (B,K,*S) logits
               reduction:str="mean",   # over the batch: "mean", or "reference": its sum
               multi_label:bool=False, # K overlapping classes: sigmoids
+              overlap:str="cross_entropy", # of these; "as_published": product of the sigmoids
               ) -> Tensor:
     """Cross entropy of the teacher's and the student's classes, summed over these (`multi_label`:
     their mean); mean over positions, and mean or sum over the batch."""
     if reduction not in ("mean", "reference"):
         raise ValueError(f"reduction {reduction!r}; expected 'mean' or 'reference'")
+    if overlap not in ("cross_entropy", "as_published"):
+        raise ValueError(f"overlap {overlap!r}; expected 'cross_entropy' or 'as_published'")
     student, teacher = widen(student), widen(teacher.detach())
     count = teacher[0, 0].numel() * (len(teacher) if reduction == "mean" else 1)
     if not multi_label:
         return F.cross_entropy(student, teacher.softmax(1), reduction="sum") / count
-    total = F.binary_cross_entropy_with_logits(student, teacher.sigmoid(), reduction="sum")
-    return total / (count * teacher.shape[1])
+    target, count = teacher.sigmoid(), count * teacher.shape[1]
+    if overlap == "as_published": return (student.sigmoid() * target).sum() / count
+    return F.binary_cross_entropy_with_logits(student, target, reduction="sum") / count
 
 # %% ../../nbs/losses/04_skd.ipynb #85abe660
 class RelationError(torch.autograd.Function):
@@ -99,7 +103,7 @@ def processes() -> int:
     dist = torch.distributed
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-# %% ../../nbs/losses/04_skd.ipynb #97a7a88c
+# %% ../../nbs/losses/04_skd.ipynb #08cbca6b
 class SKD(Term):
     "`pixelwise` of the logits and `pairwise` of one feature, which changes with the nodes' size."
     names, at_equal, size_free = ("pixelwise", "pairwise"), None, False
@@ -107,10 +111,13 @@ class SKD(Term):
     def __init__(self, student:str="encoder",   # tap of the student
                  teacher:str|None=None,         # of the teacher; default: the same name
                  reduction:str="mean", multi_label:bool=False,    # of `pixelwise`
-                 scale:float=.5, grid:str="shared"): # of `pairwise`
+                 scale:float=.5, grid:str="shared", # of `pairwise`
+                 overlap:str="cross_entropy"):      # of `pixelwise`
         super().__init__()
         self.needs = (student, "out"), (student if teacher is None else teacher, "out")
-        self.reduction, self.multi_label = reduction, multi_label
+        self.reduction = reduction
+        self.pixelwise = partial(pixelwise, reduction=reduction, multi_label=multi_label,
+                                 overlap=overlap)
         self.pairwise = partial(pairwise, scale=scale, grid=grid)
 
     def forward(self, student:Taps, teacher:Taps, batch:Mapping, active:frozenset[str]
@@ -125,7 +132,7 @@ class SKD(Term):
     def pixels(self, student:Tensor, teacher:Tensor) -> Tensor:
         "`pixelwise` of the batch of all processes."
         parts = processes() if self.reduction == "reference" else 1
-        return parts * pixelwise(student, teacher, self.reduction, self.multi_label)
+        return parts * self.pixelwise(student, teacher)
 
     @staticmethod
     def example(ndim:int, classes:int) -> tuple:
