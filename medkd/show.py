@@ -107,14 +107,13 @@ def show_batch(data, # Batch, or a dataset with items image (C,H,W), label (H,W)
             ax.contour(label == value, [.5], colors=PALETTE[(value + 3) % len(PALETTE)], linewidths=.9)
     return figure
 
-# %% ../nbs/04_show.ipynb #26b98a30
+# %% ../nbs/04_show.ipynb #6934109a
 def pick_cases(scores:Mapping[str, float] # case -> score, larger is better; NaN is left out
                ) -> dict[str, str]:
-    "best, median and worst -> case; fewer with fewer than three cases."
+    "best, median and worst -> case; with two cases best and worst, with one the best."
     ranked = sorted((case for case, score in scores.items() if score == score), key=scores.get, reverse=True)
-    places = dict(best=0, median=len(ranked) // 2, worst=len(ranked) - 1)
-    chosen = {name: ranked[place] for name, place in places.items() if ranked}
-    return {name: case for i, (name, case) in enumerate(chosen.items()) if case not in [*chosen.values()][:i]}
+    if len(ranked) < 3: return dict(zip(("best", "worst"), ranked))
+    return dict(best=ranked[0], median=ranked[len(ranked) // 2], worst=ranked[-1])
 
 # %% ../nbs/04_show.ipynb #b45d8d2f
 def find_items(items,                  # dataset, or a list of its items
