@@ -17,11 +17,11 @@ from .paint import PALETTE, shade
 from .show import make_figure, styled
 from .tables import as_frame, per_case, summarise
 
-# %% ../nbs/06_plots.ipynb #2944b45c
+# %% ../nbs/06_plots.ipynb #2816cf50
 def method_colours(methods:Iterable[str]) -> dict[str, str]:
-    "Dark grey for `teacher`, light grey for `student`, a colour of the palette for each other, in order."
+    "Dark grey for `teacher`, or `teacher (...)`, light grey for `student`, a colour of the palette for each other, in order."
     fixed, palette = dict(teacher="#333333", student="#9A9A9A"), map(shade, count())
-    return {method: fixed.get(method) or next(palette) for method in dict.fromkeys(methods)}
+    return {method: fixed.get(method.partition(" (")[0]) or next(palette) for method in dict.fromkeys(methods)}
 
 # %% ../nbs/06_plots.ipynb #844aa6a5
 def run_rows(run,     # Run, or the rows of its metrics.jsonl

@@ -125,11 +125,12 @@ def as_scan(arrays:Mapping[str, np.ndarray], # from `read_scan`
     scan = dict(image=arrays["image"], label=label, shape=arrays["shape"])
     return scan | dict(spacing=arrays["spacing"]) if spacing else scan
 
-# %% ../../nbs/data/14_acdc.ipynb #06527d80
+# %% ../../nbs/data/14_acdc.ipynb #deb93ba9
 def load_acdc(folder:Path,           # in official layout
               cases:Sequence[str]|None=None, # patients of a phantom twin; None: whoever is there
               size:int=256,          # side of a slice for the network, pixels
-              foreground:int=0       # 1 to 3: this class alone against the rest; 0: all
+              foreground:int=0,      # 1 to 3: this class alone against the rest; 0: all
+              split:bool=True        # by SIKD's lists; else every patient is tested
               ) -> Splits:
     "The splits of ACDC, prepared once and cached; a volume is a frame. Errors name the files."
     if size < 1 or not 0 <= foreground < len(CLASSES):
@@ -144,9 +145,10 @@ def load_acdc(folder:Path,           # in official layout
                                       for files in frames.values() for path in files.values()])
     images = {patient: {sums[files["image"]] for files in frames.values()}
               for patient, frames in found.items()}
-    split = without_copies("acdc", split_acdc(list(found)), images)
-    parts = {part: {frame: (patient, files) for patient in split[part]
-                    for frame, files in found[patient].items()} for part in split}
+    lists = split_acdc(list(found)) if split else dict(train=[], val=[], test=list(found))
+    lists = without_copies("acdc", lists, images)
+    parts = {part: {frame: (patient, files) for patient in lists[part]
+                    for frame, files in found[patient].items()} for part in lists}
     scans = {part: [as_scan(read_scan(name, folder, files, sums), foreground, informed)
                     for _, files in frames.values()] for part, frames in parts.items()}
     whose = {frame: who for frames in parts.values() for frame, (who, _) in frames.items()}
@@ -155,7 +157,7 @@ def load_acdc(folder:Path,           # in official layout
                  for part in ("val", "test"))
     classes = ("background", CLASSES[foreground]) if foreground else CLASSES
     return Splits("acdc", train, val, test, classes,
-                  fingerprint(split, sums, dict(size=size, foreground=foreground)),
+                  fingerprint(lists, sums, dict(size=size, foreground=foreground)),
                   unit="mm" if informed else "px", patch=(size, size))
 
 # %% ../../nbs/data/14_acdc.ipynb #dde52b95

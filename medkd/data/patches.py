@@ -21,15 +21,16 @@ class Pictures:
     def __getitem__(self, index:int) -> dict:
         return as_item(self.cases[index], **self.arrays[index])
 
-# %% ../../nbs/data/03_patches.ipynb #32c280e7
+# %% ../../nbs/data/03_patches.ipynb #014887bd
 def as_item(case:str,
-            image:np.ndarray, # (H,W) float32
+            image:np.ndarray, # (H,W) or (C,H,W) float32
             label:np.ndarray, # (H,W) uint8
             **masks:np.ndarray # (H,W) bool, e.g. fov
             ) -> dict:
     "An item of the batch contract, from arrays."
     tensor = lambda x: torch.from_numpy(np.ascontiguousarray(x))
-    return dict(image=tensor(image)[None], label=tensor(label).long(), case=case,
+    return dict(image=tensor(image if image.ndim == 3 else image[None]),
+                label=tensor(label).long(), case=case,
                 **{name: tensor(mask) for name, mask in masks.items()})
 
 # %% ../../nbs/data/03_patches.ipynb #39b981c3
