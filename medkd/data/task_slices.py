@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['across', 'SliceStore', 'spaced', 'thick_axis', 'channels_resized', 'channels_moved', 'slice_pipeline',
-           'load_task_slices']
+           'load_task_slices', 'native_label']
 
 # %% ../../nbs/data/51_task_slices.ipynb #c0e5cf24
 import copy
@@ -92,7 +92,7 @@ def slice_pipeline(folder:Path, task:Task, sums:dict[str, str], # file -> sha256
     except ValueError: axis = 2 # a damaged file: it is named when it is prepared
     return SliceStore(axis, tuple(map(float, window)) if {name.lower() for name in task.channels} == {"ct"} else None)
 
-# %% ../../nbs/data/51_task_slices.ipynb #a615fe32
+# %% ../../nbs/data/51_task_slices.ipynb #27e5d323
 def load_task_slices(folder:str|Path, # raw folder of nnU-Net: imagesTr, labelsTr, perhaps dataset.json
                      size:int=256,    # side of a slice for the network, pixels
                      window:tuple=(-175, 250), # of a CT, HU
@@ -115,9 +115,16 @@ def load_task_slices(folder:str|Path, # raw folder of nnU-Net: imagesTr, labelsT
     scans = {part: [stored[case.name].arrays() for case in cases] for part, cases in parts.items()}
     names = {part: [case.name for case in cases] for part, cases in parts.items()}
     train = TrainSlices(names["train"], scans["train"], 0., partial(channels_moved, size=size), people)
-    val, test = (Slices(names[part], scans[part], None, people, partial(channels_resized, size=size)) for part in ("val", "test"))
+    truth = partial(native_label, {name: scan for part in parts for name, scan in zip(names[part], scans[part])})
+    val, test = (Slices(names[part], scans[part], truth, people, partial(channels_resized, size=size)) for part in ("val", "test"))
     if task.note: print(task.note)
     unit = "mm" if all("spacing" in scan for part in scans.values() for scan in part) else "px"
     return Splits(name, train, val, test, task.classes, fingerprint(names, sums, dict(size=size, pipeline=repr(pipeline))),
                   phantom=phantom, unit=unit, patch=(size, size),
                   origin=partial(load_task_slices, str(folder), size, tuple(window), patient, split, split_seed, phantom))
+
+# %% ../../nbs/data/51_task_slices.ipynb #68423e72
+def native_label(scans:dict[str, dict], # case -> its stored arrays, which are read-only
+                 name:str) -> np.ndarray: # (Z,H,W) uint8
+    "The labels of a case on the grid of its file."
+    return scans[name]["label"].copy()
