@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 sys.path.insert(0, str(HERE))
+pytest_plugins = ["notebooks"]  # its fixtures are everyone's
 
 
 @pytest.fixture(autouse=True)

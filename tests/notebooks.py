@@ -79,7 +79,7 @@ def shared(tmp_path_factory):
 
 @pytest.fixture
 def cache(shared, monkeypatch):
-    "Phantoms and prepared data of this session, made once for all its processes."
+    "Phantoms and prepared data of this test run, made once for all its processes."
     monkeypatch.setenv("MEDKD_CACHE", str(shared/"cache"))
 
 
@@ -90,7 +90,7 @@ TWINS = dict(chasedb1=(("Image_01L", "Image_01R", "Image_02L", "Image_10L", "Ima
 
 
 def few(shared, names):
-    "A data root with twins of a few small cases, made once for all processes of this session."
+    "A data root with twins of a few small cases, made once for all processes of this test run."
     from medkd.data import phantom
     with alone(shared/"twins.lock"):
         for name in names: phantom(name, shared/"twins", *TWINS[name])

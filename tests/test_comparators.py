@@ -1,5 +1,4 @@
 """The comparators of ACF-BCKD against their equations as published, written out in float64."""
-import os
 from functools import partial
 
 import pytest

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from notebooks import Cells, cache, shared  # noqa: F401
+from notebooks import Cells
 
 from medkd.files import read_json, write_json
 
@@ -45,7 +45,7 @@ def by_term(rows): return {term: [row["losses"][term] for row in rows] for term 
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
-def test_losses_are_what_they_were(arithmetic, tmp_path, monkeypatch, cache):  # noqa: F811
+def test_losses_are_what_they_were(arithmetic, tmp_path, monkeypatch, cache):
     monkeypatch.chdir(tmp_path)
     expected, found = read_json(GOLDEN)[arithmetic], curves(arithmetic)
     assert {name: list(terms) for name, terms in found.items()} == {name: list(terms) for name, terms in expected.items()}

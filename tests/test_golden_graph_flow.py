@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from notebooks import cache, shared  # noqa: F401
 from torch import nn
 
 from medkd.data import load
@@ -80,7 +79,7 @@ def by_term(rows):
     return {term: [row[term] for row in losses] for term in losses[0]}
 
 
-def test_losses_are_what_they_were(cache):  # noqa: F811
+def test_losses_are_what_they_were(cache):
     expected, found = read_json(GOLDEN), curves()
     assert {name: list(terms) for name, terms in found.items()} == {name: list(terms) for name, terms in expected.items()}
     for name, terms in expected.items():

@@ -8,7 +8,7 @@ from base64 import b64decode
 
 import numpy as np
 import pytest
-from notebooks import PAPERS, Cells, Done, alone, cache, given, papermill, shared  # noqa: F401
+from notebooks import PAPERS, Cells, Done, alone, given, papermill
 from PIL import Image
 
 from medkd.files import read_json, read_jsonl
@@ -22,8 +22,8 @@ ROLES = ("teacher", "student", *METHODS)
 # a whole run ---------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
-def first(shared):  # noqa: F811
-    "The run of one process of this session, in one folder for all."
+def first(shared):
+    "The run of one process of this test run, in one folder for all."
     folder = shared/"acf_bckd"
     with alone(shared/"acf_bckd.lock"):
         if not (folder/"first.json").exists():
@@ -105,7 +105,7 @@ def test_the_boundaries_follow_their_schedule(data):
     assert {row["weights"]["afd"] for row in rows} == {25000 * (32**3 / 96**3)}
 
 
-def test_scores_follow_from_the_stored_predictions(data, results, cache, tmp_path):  # noqa: F811
+def test_scores_follow_from_the_stored_predictions(data, results, cache, tmp_path):
     from medkd.data import load
     from medkd.native import score_labels
     from medkd.papers import stored_scores
@@ -139,7 +139,7 @@ def test_nothing_of_this_machine_in_the_results(data, results):
 # cell by cell, without data ------------------------------------------------------------------------
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, cache):  # noqa: F811
+def here(tmp_path, monkeypatch, cache):
     "An empty working directory."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from notebooks import PAPERS, TWINS, Cells, Done, alone, cache, given, papermill, shared  # noqa: F401
+from notebooks import PAPERS, TWINS, Cells, Done, alone, given, papermill
 
 from medkd.files import read_json
 
@@ -16,8 +16,8 @@ DRAWN = {"training_samples", "examples", "curves_alone", "curves_paraphrasers", 
 
 
 @pytest.fixture(scope="session")
-def twins(shared):  # noqa: F811
-    "A data root with small twins, made once for all processes of this session."
+def twins(shared):
+    "A data root with small twins, made once for all processes of this test run."
     from medkd.data import phantom
     sections = [*(f"train_{k:04d}" for k in range(8)), *(f"test_{k:04d}" for k in range(2))]
     with alone(shared/"flow.lock"):
@@ -27,8 +27,8 @@ def twins(shared):  # noqa: F811
 
 
 @pytest.fixture(scope="session")
-def done(shared, twins):  # noqa: F811
-    "The smoke run of one process of this session."
+def done(shared, twins):
+    "The smoke run of one process of this test run."
     folder = shared/"graph_flow"
     with alone(shared/"graph_flow.lock"):
         if not (folder/"done.json").exists():
@@ -87,7 +87,7 @@ def test_halves_ablations_and_stages_are_trained(results):
 # cell by cell --------------------------------------------------------------------------------------
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, cache):  # noqa: F811
+def here(tmp_path, monkeypatch, cache):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     return tmp_path

@@ -6,7 +6,7 @@ from base64 import b64decode
 import numpy as np
 import pandas as pd
 import pytest
-from notebooks import PAPERS, Cells, Done, alone, cache, given, papermill, shared  # noqa: F401
+from notebooks import PAPERS, Cells, Done, alone, given, papermill
 from PIL import Image
 
 from medkd.files import read_json
@@ -21,8 +21,8 @@ KIDNEYS = [f"case_{k:05d}" for k in (1, 2, 5, 0, 6, 17)]
 
 
 @pytest.fixture(scope="session")
-def twins(shared):  # noqa: F811
-    "A data root with small twins, made once for all processes of this session."
+def twins(shared):
+    "A data root with small twins, made once for all processes of this test run."
     from medkd.data import phantom
     with alone(shared/"hlfd_twins.lock"):
         phantom("kits19", shared/"hlfd_twins", KIDNEYS, (4, 64, 64))
@@ -32,8 +32,8 @@ def twins(shared):  # noqa: F811
 
 
 @pytest.fixture(scope="session")
-def done(shared, twins):  # noqa: F811
-    "The smoke run of one process of this session."
+def done(shared, twins):
+    "The smoke run of one process of this test run."
     folder = shared/"hlfd"
     with alone(shared/"hlfd.lock"):
         if not (folder/"done.json").exists():
@@ -105,7 +105,7 @@ def test_objectives_and_parts_are_trained_as_their_table_says(done, results):
 # cell by cell --------------------------------------------------------------------------------------
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, cache):  # noqa: F811
+def here(tmp_path, monkeypatch, cache):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("MEDKD_DATA", str(tmp_path/"data"))

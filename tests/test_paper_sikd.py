@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from notebooks import PAPERS, Cells, Done, alone, cache, fundi, given, papermill, shared  # noqa: F401
+from notebooks import PAPERS, Cells, Done, alone, given, papermill
 from test_slices_data import TRAINING, frame, resave
 
 from medkd.data import phantom
@@ -33,15 +33,15 @@ HEARTS = ["patient001", "patient003", "patient002", "patient004"]
 
 
 @pytest.fixture(scope="session")
-def twins(shared):  # noqa: F811
-    "A data root with a small twin, made once for all processes of this session."
+def twins(shared):
+    "A data root with a small twin, made once for all processes of this test run."
     with alone(shared/"sikd_twins.lock"): phantom("acdc", shared/"sikd_twins", HEARTS, (3, 48, 40))
     return shared/"sikd_twins"
 
 
 @pytest.fixture(scope="session")
-def done(shared, twins):  # noqa: F811
-    "The smoke run of one process of this session."
+def done(shared, twins):
+    "The smoke run of one process of this test run."
     folder = shared/"sikd"
     with alone(shared/"sikd.lock"):
         if not (folder/"done.json").exists():
@@ -111,7 +111,7 @@ def test_what_the_oracle_was_shown(results):
 # cell by cell --------------------------------------------------------------------------------------
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, cache):  # noqa: F811
+def here(tmp_path, monkeypatch, cache):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     return tmp_path
@@ -170,7 +170,7 @@ def test_a_second_data_set(here, twins):
     assert {row["patient"] for row in made["outside"]} == {"patient005", "patient021"}
 
 
-def test_fundi(here, fundi):  # noqa: F811
+def test_fundi(here, fundi):
     made = ran(dataset="phantom:chasedb1", data_root=str(fundi), size=64)
     assert list(made["tests"]) == ["phantom-chasedb1", "phantom-stare", "phantom-drive"] and set(made["unit_of"].values()) == {"pixels"}
     assert list(made["per_class"].columns) == [("dice", "vessel"), ("hd95 (pixels)", "vessel")]
@@ -230,7 +230,7 @@ def test_labels_beyond_the_classes_stop_before_training(here):
     with pytest.raises(FileNotFoundError, match="labelsTr/case_002.nii.gz"): load_task_slices(root, 16)
 
 
-def test_a_second_data_set_that_is_incomplete(here, cache):  # noqa: F811
+def test_a_second_data_set_that_is_incomplete(here, cache):
     root = phantom("acdc", here/"other", ["patient005", "patient021"], (3, 40, 48)).parent
     (root/"ACDC/PHANTOM").unlink()
     second_folder("acdc", root, size=32)

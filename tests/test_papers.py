@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from notebooks import Cells, Done, alone, cache, fundi, given, livers, papermill, shared  # noqa: F401
+from notebooks import Cells, Done, alone, given, papermill
 from PIL import Image
 
 from medkd.core import weights_sha256
@@ -42,8 +42,8 @@ NO_NETWORK = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy
 # a whole run ---------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
-def first(shared, fundi):  # noqa: F811
-    "The run of one process of this session, in one folder for all."
+def first(shared, fundi):
+    "The run of one process of this test run, in one folder for all."
     folder = shared/"gkd"
     with alone(shared/"gkd.lock"):
         if not (folder/"first.json").exists():
@@ -187,7 +187,7 @@ for table in (score_table(rows, note=note), compare_table(rows, note=note), comp
 """
 
 
-def test_scores_follow_from_the_stored_predictions(results, shared, fundi, tmp_path):  # noqa: F811
+def test_scores_follow_from_the_stored_predictions(results, shared, fundi, tmp_path):
     copied = shutil.copytree(results, tmp_path/"results")
     for path in copied.rglob("*.safetensors"): path.unlink()
     before = {path.relative_to(results): path.read_bytes() for path in results.rglob("scores.csv")}
@@ -241,7 +241,7 @@ def test_cost_is_of_the_networks_that_were_trained(results):
 # the same command again, and its options -----------------------------------------------------------
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, cache):  # noqa: F811
+def here(tmp_path, monkeypatch, cache):
     "An empty working directory."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
@@ -261,7 +261,7 @@ def roles_in(folder):
 TRAINED = re.compile(r"starting, \d+ steps|step \d+/\d+")
 
 
-def test_the_same_command_again_reuses_every_run(here, results, fundi, capsys):  # noqa: F811
+def test_the_same_command_again_reuses_every_run(here, results, fundi, capsys):
     folder = take(results, *ROLES, *ALIGNED)
     Cells(preset="smoke", dim=64, data_root=str(fundi)).run_to("write_results(", skip=["show_results("])
     assert not TRAINED.search(capsys.readouterr().out) and roles_in(folder) == roles_in(results)
@@ -270,7 +270,7 @@ def test_the_same_command_again_reuses_every_run(here, results, fundi, capsys): 
             assert (folder/path.relative_to(results)).read_bytes() == path.read_bytes(), path
 
 
-def test_ablation_and_sensitivity(here, results, fundi, capsys):  # noqa: F811
+def test_ablation_and_sensitivity(here, results, fundi, capsys):
     folder = take(results, *ROLES, *ALIGNED)
     cells = Cells(preset="smoke", dim=64, data_root=str(fundi), ablation=True, sensitivity=True)
     source = cells.run_to("source = load(", skip=DRAWING)["source"]
@@ -295,7 +295,7 @@ def test_ablation_and_sensitivity(here, results, fundi, capsys):  # noqa: F811
     assert (folder/"figures/ablation.png").exists()
 
 
-def test_without_gkd(here, results, fundi, capsys):  # noqa: F811
+def test_without_gkd(here, results, fundi, capsys):
     folder = take(results, "teacher", "student", "kd")
     namespace = Cells(preset="smoke", dim=64, data_root=str(fundi), methods="kd").run_to("write_results(")
     assert not TRAINED.search(capsys.readouterr().out) and roles_in(folder) == ["kd", "student", "teacher"]
@@ -306,7 +306,7 @@ def test_without_gkd(here, results, fundi, capsys):  # noqa: F811
     assert of_kd(stored(folder/"differences.csv")).equals(of_kd(stored(results/"differences.csv")))
 
 
-def test_other_methods_are_rows(here, fundi):  # noqa: F811
+def test_other_methods_are_rows(here, fundi):
     methods = "nkd,skd,ifvd,cwd,dist,dkd,cirkd,fsp,coco"
     cells = Cells(preset="smoke", dim=64, data_root=str(fundi), methods=methods, teacher_steps=1, steps=1, alignment_steps=1)
     cells.run_to("source = load(")
@@ -317,7 +317,7 @@ def test_other_methods_are_rows(here, fundi):  # noqa: F811
     assert (trained["coco"].path/"wiring.json").exists()
 
 
-def test_liver_is_scored_per_patient_in_mm(here, livers):  # noqa: F811
+def test_liver_is_scored_per_patient_in_mm(here, livers):
     cells = Cells(dataset="phantom:chaos", preset="smoke", methods="gkd", data_root=str(livers), teacher_steps=1, steps=1,
                   alignment_steps=1, more_steps=2, dim=16)
     namespace = cells.run_to("write_results(")
@@ -490,7 +490,7 @@ def test_problems_are_answered_before_data_and_figures():
     assert not any("load(" in source.replace("load_network(", "") or draws(source) for source in code[:second + 1])
 
 
-def test_trained_teacher_is_taken(here, fundi):  # noqa: F811
+def test_trained_teacher_is_taken(here, fundi):
     from medkd.__main__ import summary
     weights_of("unet", here/"t.safetensors", width=.125)
     found = []
