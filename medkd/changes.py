@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['channel_mean', 'show_maps', 'ChangePicture', 'ChangePanel', 'change_panel']
 
-# %% ../nbs/08_changes.ipynb #769f968a
+# %% ../nbs/08_changes.ipynb #3d405154
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from .core import unknown
 from .paint import ERRORS, as_array, as_picture, class_colours, paint
 from .panel import ThresholdPicture
 from .show import case_dice, colour_legend, picture_grid, styled
@@ -39,7 +38,7 @@ def show_maps(rows:Mapping[str, Mapping[str, np.ndarray]], # row -> column -> (H
             if label == next(iter(rows)): ax.set_title(name)
     return figure
 
-# %% ../nbs/08_changes.ipynb #415e2289
+# %% ../nbs/08_changes.ipynb #d18926eb
 class ChangePicture:
     "`figure` of one changed image, its truth and a prediction; `move` changes it in place."
     def __init__(self, classes:Sequence[str], shape:tuple[int, int], title:str, note:str=""):
@@ -55,7 +54,8 @@ class ChangePicture:
         "Take up an image and its labels (H,W); the mean Dice of the classes that occur."
         score = case_dice(labels, item, len(self.colours) + 1)
         truth, found = (paint(as_array(x), item, self.colours) for x in (item["label"], labels))
-        for ax, picture, text in zip(self.axes, (as_picture(item["image"]), truth, found), (title, "\ntruth", f"{method}\nDice {score:.3f}")):
+        texts = title, "\ntruth", f"{method}\nDice {score:.3f}"
+        for ax, picture, text in zip(self.axes, (as_picture(item["image"]), truth, found), texts):
             for drawn in list(ax.images): drawn.remove()
             ax.imshow(picture, interpolation="nearest")
             ax.title.set_text(text)
@@ -63,17 +63,19 @@ class ChangePicture:
 
     render = ThresholdPicture.render
 
-# %% ../nbs/08_changes.ipynb #78850744
+# %% ../nbs/08_changes.ipynb #8071e0d3
 class ChangePanel:
     """`figure`, the controls `case`, `method` and `strength` (ipywidgets) and `score`, the Dice that is shown.
     In a notebook it shows its static picture, then the controls; `live` follows from the first move on."""
-    def __init__(self, items:Mapping[str, Mapping], methods:Mapping[str, Callable], change:Callable, strengths:Sequence[float], classes:Sequence[str], title:str, note:str):
+    def __init__(self, items:Mapping[str, Mapping], methods:Mapping[str, Callable], change:Callable, strengths:Sequence[float],
+                 classes:Sequence[str], title:str, note:str):
         import ipywidgets as widgets
         self.items, self.methods, self.change = items, methods, change
         self.drawing = ChangePicture(classes, next(iter(items.values()))["label"].shape, title, note)
         self.case = widgets.Dropdown(options=list(items), description="image")
         self.method = widgets.Dropdown(options=list(methods), description="method")
-        self.strength = widgets.SelectionSlider(options=[(f"{s:g}", s) for s in strengths], description="shift", continuous_update=False, layout=widgets.Layout(width="420px"))
+        self.strength = widgets.SelectionSlider(options=[(f"{s:g}", s) for s in strengths], description="shift",
+                                                continuous_update=False, layout=widgets.Layout(width="420px"))
         self.live = widgets.Image(format="jpeg", layout=widgets.Layout(display="none", max_width="100%"))
         for choice in (self.case, self.method, self.strength): choice.observe(self._move, "value")
         self._move(None)
@@ -93,15 +95,16 @@ class ChangePanel:
         display(Image(self.drawing.render()))
         display(widgets.VBox([widgets.HBox([self.case, self.method]), self.strength, self.live]))
 
-# %% ../nbs/08_changes.ipynb #a79eec78
+# %% ../nbs/08_changes.ipynb #45607170
 def change_panel(items:Sequence[Mapping],        # image (C,H,W), label (H,W), case
                  methods:Mapping[str, Callable], # name -> function (item) -> labels (H,W)
                  change:Callable,                # (item, strength) -> item
                  strengths:Sequence[float],
                  classes:Sequence[str],          # Splits.classes
                  title:str="A changed image", note:str="") -> ChangePanel:
-    "The panel of these images and methods. ValueError without any, KeyError for a method that is no function."
-    if not items or not methods or not strengths: raise ValueError(f"{len(items)} images, {len(methods)} methods, {len(strengths)} strengths; expected some of each")
+    "The panel of these images and methods. ValueError without any, TypeError for a method that is no function."
+    if not items or not methods or not strengths:
+        raise ValueError(f"{len(items)} images, {len(methods)} methods, {len(strengths)} strengths; expected some of each")
     for name, method in methods.items():
-        if not callable(method): raise unknown("function of the method", name, [name for name, other in methods.items() if callable(other)])
+        if not callable(method): raise TypeError(f"method {name} is {method!r}; expected a function (item) -> labels (H,W)")
     return ChangePanel({item["case"]: item for item in items}, methods, change, strengths, classes, title, note)

@@ -45,13 +45,14 @@ class Changed:
         if name in ("data", "change") or name.startswith("__"): raise AttributeError(name)
         return getattr(self.data, name)
 
-# %% ../../nbs/data/50_shifts.ipynb #85e50603
+# %% ../../nbs/data/50_shifts.ipynb #654b907b
 def with_changed_test(splits:Splits,
                       change:Callable, # item -> item: a function, or a partial of one
                       name:str=""      # of the result; "": the same
                       ) -> Splits:
     "The splits with a changed test set, and another sha256."
     func = getattr(change, "func", change)
-    facts = (splits.sha256, func.__module__, func.__qualname__, getattr(change, "args", ()), sorted(getattr(change, "keywords", {}).items()))
+    given = getattr(change, "args", ()), sorted(getattr(change, "keywords", {}).items())
+    facts = (splits.sha256, func.__module__, func.__qualname__, *given)
     return replace(splits, name=name or splits.name, test=Changed(splits.test, change), origin=None,
                    sha256=hashlib.sha256(repr(facts).encode()).hexdigest())

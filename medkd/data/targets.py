@@ -17,7 +17,7 @@ from .base import Splits, cache_root
 from .files import read_marker
 from .task_slices import load_task_slices
 
-# %% ../../nbs/data/95_targets.ipynb #c590aa7c
+# %% ../../nbs/data/95_targets.ipynb #3960f15f
 def second_place(folder_name:str, # of the data set, e.g. "ACDC"
                  root:str|Path    # a folder, or one that holds `folder_name`
                  ) -> Path:
@@ -25,9 +25,10 @@ def second_place(folder_name:str, # of the data set, e.g. "ACDC"
     root = Path(root).expanduser().resolve()
     for place in (root/folder_name, root):
         if place.is_dir() and any(place.iterdir()): return place
-    raise FileNotFoundError(f"no second data set in {root}: expected a folder in the layout of {folder_name}, or one that holds such a {folder_name}")
+    raise FileNotFoundError(f"no second data set in {root}: expected a folder in the layout of {folder_name}, "
+                            f"or one that holds such a {folder_name}")
 
-# %% ../../nbs/data/95_targets.ipynb #c0e82571
+# %% ../../nbs/data/95_targets.ipynb #76c9c36a
 def second_folder(name:str,      # of the data set whose layout it has, e.g. "acdc"
                   root:str|Path, # see `second_place`
                   label:str="",  # behind the name; "": that of `root`
@@ -42,7 +43,8 @@ def second_folder(name:str,      # of the data set whose layout it has, e.g. "ac
     else:
         whole = dict(split=False) if "split" in inspect.signature(source.loader).parameters else {}
         splits = source.loader(folder, cases=twin["cases"] if twin else None, **whole, **options)
-    return replace(splits, name=f"{'phantom-' * bool(twin)}{name}-{label}", phantom=bool(twin), origin=partial(second_folder, name, str(root), label, **options))
+    return replace(splits, name=f"{'phantom-' * bool(twin)}{name}-{label}", phantom=bool(twin),
+                   origin=partial(second_folder, name, str(root), label, **options))
 
 # %% ../../nbs/data/95_targets.ipynb #26705598
 def other_persons(name:str, root:str|Path|None=None, # as in `load`, of the twin
