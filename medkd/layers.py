@@ -60,9 +60,9 @@ def class_activation(net:nn.Module, item:Mapping, # image (C,H,W)
     cam = (gradient.mean((2, 3), keepdim=True) * kept[-1].detach()).sum(1)[0].relu()
     return as_array(cam / cam.max().clamp(min=1e-12))
 
-# %% ../nbs/08_layers.ipynb #c241134d
+# %% ../nbs/08_layers.ipynb #43c7ac7e
 def draw_heat(ax, item:Mapping, heat:np.ndarray|None=None, # (h,w) of any size
-              opacity:float=.7) -> None:
+              opacity:float=.75) -> None:
     "The image, the map over it in a scale of its own that ends at the 99th percentile, the truth's outline."
     height, width = item["image"].shape[1:]
     ax.imshow(as_picture(item["image"]))
@@ -73,7 +73,7 @@ def draw_heat(ax, item:Mapping, heat:np.ndarray|None=None, # (h,w) of any size
     truth = as_array(item["label"]) > 0
     if truth.any() and not truth.all(): ax.contour(truth, [.5], colors=PALETTE[5], linewidths=.9)
 
-# %% ../nbs/08_layers.ipynb #7319509c
+# %% ../nbs/08_layers.ipynb #6ce1fb40
 @styled()
 def show_heat(rows:Mapping[str, tuple[Mapping, Mapping[str, np.ndarray]]], # name -> (item, column -> (h,w))
               texts:Mapping[tuple[str, str], str]|None=None, # (row, column) -> what stands above the map
@@ -81,10 +81,10 @@ def show_heat(rows:Mapping[str, tuple[Mapping, Mapping[str, np.ndarray]]], # nam
     "Figure with a row for each name: the image with the truth's outline, then its maps over it."
     columns = list(dict.fromkeys(column for _, maps in rows.values() for column in maps))
     figure, axes = picture_grid([item["image"].shape[1:] for item, _ in rows.values()], 1 + len(columns), title, note, lines=2)
+    axes[0, 0].set_title("image, truth")
     for line, (name, (item, maps)) in zip(axes, rows.items()):
         draw_heat(line[0], item)
-        line[0].set_ylabel(name)
-        if line is axes[0]: line[0].set_title("image, truth")
+        line[0].set_ylabel(name, fontsize=8)
         for ax, column in zip(line[1:], columns):
             if column not in maps:
                 ax.set_visible(False)
