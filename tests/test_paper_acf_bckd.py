@@ -8,10 +8,12 @@ from base64 import b64decode
 
 import numpy as np
 import pytest
+import torch
 from notebooks import PAPERS, Cells, Done, alone, given, papermill
 from PIL import Image
 
 from medkd.files import read_json, read_jsonl
+from medkd.models.zoo import build
 
 ACF = PAPERS/"acf_bckd.ipynb"
 NOTE = "phantom data, smoke preset"
@@ -182,3 +184,10 @@ def test_the_papers_schedules_and_weights(here, parameters, epochs, last):
     assert tuple(made["wanted"]) == tuple(name for name in METHODS if parameters["dataset"] != "brats21" or name not in ("nkd", "dist"))
     for terms, given_weights, *_ in made["METHODS"].values():
         assert {name for term in terms for name in term().names} == {*given_weights}
+
+
+@pytest.mark.parametrize("student", ["unet3d_tiny", "espnetv2_3d", "mobile_unet3d", "lcovnet"])
+@pytest.mark.parametrize("dataset,preset", [("phantom", "smoke"), ("phantom", "quick"), ("msd", "quick"), ("msd", "paper"), ("btcv", "paper")])
+def test_the_preset_fits_every_student(here, dataset, preset, student):
+    made = Cells(ACF, dataset=dataset, preset=preset, student=student).run_to("METHODS =")
+    with torch.device("meta"): build(student, 1, 14, made["chosen"]["student_width"]).check(torch.zeros(1, 1, *made["patch"]))
