@@ -13,7 +13,7 @@ import torch
 
 from .paint import ERRORS, as_array, as_picture, class_colours, paint
 from .panel import ThresholdPicture
-from .show import case_dice, colour_legend, picture_grid, styled
+from .pictures import case_dice, colour_legend, display_figure, picture_grid, styled
 
 # %% ../nbs/08_changes.ipynb #d9850b49
 def channel_mean(feature:torch.Tensor # (1,C,H,W)
@@ -91,8 +91,8 @@ class ChangePanel:
 
     def _ipython_display_(self):
         import ipywidgets as widgets
-        from IPython.display import Image, display
-        display(Image(self.drawing.render()))
+        from IPython.display import display
+        display_figure(self.figure)
         display(widgets.VBox([widgets.HBox([self.case, self.method]), self.strength, self.live]))
 
 # %% ../nbs/08_changes.ipynb #45607170

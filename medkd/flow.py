@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .losses.graph_flow import salience, variation
 from .paint import PALETTE
-from .show import STYLE, make_figure, styled
+from .pictures import STYLE, display_figure, make_figure, styled
 
 # %% ../nbs/08_flow.ipynb #666c8247
 def patch_box(channel:Tensor, # (H,W)
@@ -182,8 +182,8 @@ class FlowPanel:
 
     def _ipython_display_(self):
         import ipywidgets as widgets
-        from IPython.display import Image, display
-        display(Image(self.drawing.render()))
+        from IPython.display import display
+        display_figure(self.figure)
         display(widgets.VBox([widgets.HBox([self.network, self.layer]), widgets.HBox([self.channel, self.seen]), self.live]))
 
 # %% ../nbs/08_flow.ipynb #195b712a

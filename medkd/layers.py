@@ -21,7 +21,7 @@ from .links import ROLES
 from .losses.at import attention
 from .losses.hlfd import imd
 from .paint import PALETTE, as_array, as_picture
-from .show import picture_grid, styled
+from .pictures import display_figure, picture_grid, styled
 
 # %% ../nbs/08_layers.ipynb #c8822d68
 def layers_of(net:nn.Module) -> tuple[str, ...]:
@@ -157,8 +157,8 @@ class LayerPanel:
 
     def _ipython_display_(self):
         import ipywidgets as widgets
-        from IPython.display import Image, display
-        display(Image(self.drawing.render()))
+        from IPython.display import display
+        display_figure(self.figure)
         display(widgets.VBox([widgets.HBox(self.controls), self.seen, self.live]))
 
 # %% ../nbs/08_layers.ipynb #a2f68071

@@ -13,7 +13,7 @@ from torch import nn
 
 from .core import Term, tap_shapes
 from .paint import PALETTE
-from .show import make_figure, styled
+from .pictures import make_figure, styled
 
 # %% ../nbs/08_links.ipynb #a2ce6a6c
 ROLES = ("e1", "e2", "e3", "e4", "e5", "d5", "d4", "d3", "d2", "out")

@@ -14,7 +14,7 @@ import numpy as np
 from .core import unknown
 from .metrics import Confusion
 from .paint import ERRORS, PALETTE, as_array, as_picture, dim, error_codes, tint
-from .show import colour_legend, make_figure, styled
+from .pictures import colour_legend, display_figure, make_figure, styled
 
 # %% ../nbs/07_panel.ipynb #79be69e1
 THRESHOLDS = np.arange(1, 256) / 256
@@ -122,8 +122,8 @@ class ThresholdPanel:
 
     def _ipython_display_(self):
         import ipywidgets as widgets
-        from IPython.display import Image, display
-        display(Image(self.drawing.render()))
+        from IPython.display import display
+        display_figure(self.figure)
         display(widgets.VBox([widgets.HBox([self.case, self.method]), widgets.HBox([self.threshold, self.scores]), self.live]))
 
 # %% ../nbs/07_panel.ipynb #0f5b8078

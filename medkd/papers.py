@@ -229,10 +229,11 @@ def adopt(network:Callable,     # importable; makes the network
 # %% ../nbs/10_papers.ipynb #b2fcba04
 def keep(figure, path:str|Path # folder/figures/name
          ):
-    "The figure, stored as path.png, too."
+    "The figure, stored as path.png, too; without controls."
     path = Path(path)
     make_folder(path.parent)
     figure.savefig(path.with_suffix(".png"), dpi=110)
+    figure.controls = None
     return figure
 
 # %% ../nbs/10_papers.ipynb #a183ed1b

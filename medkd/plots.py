@@ -14,7 +14,7 @@ from itertools import count
 import numpy as np
 
 from .paint import PALETTE, shade
-from .show import make_figure, styled
+from .pictures import make_figure, styled
 from .tables import as_frame, per_case, summarise
 
 # %% ../nbs/06_plots.ipynb #2816cf50

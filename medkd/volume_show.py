@@ -22,7 +22,7 @@ from .losses.at import attention
 from .losses.boundary import boundaries, squared_distance
 from .losses.task import class_masks
 from .paint import ERRORS, as_array, as_picture, class_colours, paint
-from .show import colour_legend, pick_samples, picture_grid, styled
+from .pictures import colour_legend, pick_samples, picture_grid, styled
 
 # %% ../nbs/08_volume_show.ipynb #fd189764
 PLANES = ("sagittal", "coronal", "axial") # across axis 0, 1, 2
