@@ -23,6 +23,7 @@ from .losses.logits import CWD, DIST, DKD, KD, NKD
 from .losses.skd import SKD
 from .metrics import VESSEL
 from .native import read_labels
+from .pictures import figure_text
 from .tables import long_rows, per_case
 from .trainers.checkpoint import read_checkpoint
 from .trainers.fit import git_state, versions
@@ -229,12 +230,12 @@ def adopt(network:Callable,     # importable; makes the network
 # %% ../nbs/10_papers.ipynb #b2fcba04
 def keep(figure, path:str|Path # folder/figures/name
          ):
-    "The figure, stored as path.png, too; without controls."
-    path = Path(path)
+    "The figure drawn once: stored as path.png, and that picture to display, with its text; without controls."
+    from IPython.display import Image
+    path = Path(path).with_suffix(".png")
     make_folder(path.parent)
-    figure.savefig(path.with_suffix(".png"), dpi=110)
-    figure.controls = None
-    return figure
+    figure.savefig(path, dpi=110)
+    return Image(path.read_bytes(), alt=figure_text(figure))
 
 # %% ../nbs/10_papers.ipynb #a183ed1b
 def write_results(folder:str|Path, title:str, note:str, # "phantom data, quick preset"
