@@ -30,6 +30,7 @@ def predict(net:nn.Module,                 # forward gives logits (B,K,*S)
     "Logits (B,K,*S) without gradients. An image smaller than a tile is padded with zeros, and cut again."
     with torch.no_grad():
         if tile is None: return net(image)
+        if tuple(tile) == tuple(image.shape[2:]): return torch.cat([net(part) for part in image.split(batch)])
         from monai.inferers import sliding_window_inference
         return sliding_window_inference(image, tuple(tile), batch, net, overlap, mode=blend)
 
