@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .data.slices import resize_slices
-from .files import make_folder, read_json, write_atomic, write_json
+from .files import inside, make_folder, read_json, write_atomic, write_json
 from .metrics import ORGAN, VESSEL, CaseScores, dice, dice_masks
 from .slabs import predict_labels
 
@@ -105,7 +105,7 @@ def store_predictions(net:nn.Module,      # in eval mode
         logits = predict(net, item["image"][None], tile, overlap)
         if not torch.isfinite(logits).all(): raise ValueError(f"the prediction of {item['case']} is not finite")
         p = logits.float().softmax(1)[0]
-        write_atomic(folder/f"{item['case']}.png", png(to_grey(p[1]) if len(p) == 2 else to_greys(p)))
+        write_atomic(inside(folder, f"{item['case']}.png"), png(to_grey(p[1]) if len(p) == 2 else to_greys(p)))
     write_json(folder/"predictions.json", about)
     return folder
 
@@ -124,7 +124,7 @@ def png(grey:np.ndarray # (H,W) or (K,H,W) uint8
 def read_prediction(folder:str|Path, case:str) -> np.ndarray: # (H,W), or (K,H,W) of more than two classes, float32
     "The stored probability of the foreground, or of every class. FileNotFoundError without one."
     from PIL import Image
-    path = Path(folder)/f"{case}.png"
+    path = inside(folder, f"{case}.png")
     if not path.is_file():
         raise FileNotFoundError(f"no stored prediction {path}; store_predictions makes those of a data set")
     with Image.open(path) as image: grey, classes = np.asarray(image), image.text.get("classes")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .data.volume_patches import Geometry, Volumes
 from .data.volumes import nifti_bytes, read_label
-from .files import make_folder, read_json, write_atomic, write_json
+from .files import inside, make_folder, read_json, write_atomic, write_json
 from .metrics import ORGAN, CaseScores
 from .slabs import decide, predict_slabs
 
@@ -140,13 +140,13 @@ def store_labels(net:nn.Module,      # in eval mode; forward gives logits (B,K,*
         slabs = predict_slabs(net, image, tile, overlap, batch, blend)
         try: labels = native_labels(slabs, place, masks > 0)
         except ValueError as error: raise ValueError(f"case {case}: {error}") from error
-        write_atomic(folder/f"{case}.nii.gz", nifti_bytes(to_bits(labels, masks > 0), place.affine))
+        write_atomic(inside(folder, f"{case}.nii.gz"), nifti_bytes(to_bits(labels, masks > 0), place.affine))
     write_json(done, about)
     return folder
 
 def read_labels(folder:str|Path, case:str) -> np.ndarray: # (*S) integers, or (K,*S) bool
     "A stored prediction. FileNotFoundError without one, ValueError when it is damaged."
-    path = Path(folder)/f"{case}.nii.gz"
+    path = inside(folder, f"{case}.nii.gz")
     if not path.exists():
         raise FileNotFoundError(f"no stored prediction {path}; store_labels makes those of a data set")
     try: codes = read_label(path).pixels[0]

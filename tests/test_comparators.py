@@ -444,7 +444,7 @@ def remember_on(rank, folder):
 def test_queues_hold_the_keys_of_all_processes(tmp_path):
     children = [toy.in_child(remember_on, rank, tmp_path) for rank in range(3)]
     assert [toy.exit_code(child) for child in children] == [0, 0, 0]
-    first, *others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(3))
+    first, *others = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3))
     for name in first:
         if name.endswith(("queue", "next")): assert all(torch.equal(first[name], other[name]) for other in others), name
     alone = remember(example_of(0), example_of(1), example_of(2))

@@ -71,7 +71,7 @@ def parts(views=4, student=student_net, seed=0, batch=None):
 # formulas
 def pins(name):
     folder = Path(__file__).parent/"pins"
-    return {key: torch.from_numpy(x) for key, x in np.load(folder/f"gkd_{name}.npz").items() if x.dtype.kind == "f"}
+    return {key: torch.from_numpy(x) for key, x in np.load(folder/f"gkd_{name}.npz", allow_pickle=False).items() if x.dtype.kind == "f"}
 
 
 def test_pinned_graphs():

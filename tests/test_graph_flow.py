@@ -30,7 +30,7 @@ PINS = Path(__file__).parent/"pins"
 
 def pin(name):
     "Arrays of one pin: this project's own numbers for the formulas of its notebook, no reference of the authors."
-    arrays = {key: torch.from_numpy(np.asarray(x)) for key, x in np.load(PINS/f"{name}.npz").items()}
+    arrays = {key: torch.from_numpy(np.asarray(x)) for key, x in np.load(PINS/f"{name}.npz", allow_pickle=False).items()}
     pairs = [[arrays[f"{who}{i}"].double() for i in (1, 2)] for who in "ST"]
     return arrays, *pairs
 

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['write_atomic', 'staged', 'checksums', 'file_sha256', 'content_sha256', 'read_json', 'try_write', 'cached', 'pack',
-           'unpack', 'decode', 'digest', 'require', 'read_marker', 'write_marker', 'check_member', 'safe_extract']
+           'unpack', 'decode', 'digest', 'require', 'read_marker', 'write_marker', 'check_member', 'check_size',
+           'safe_extract']
 
 # %% ../../nbs/data/01_files.ipynb #bef68c1d
 import gzip
@@ -10,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
 import tempfile
 import time
@@ -17,13 +19,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from stat import S_ISLNK
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from .base import cache_root
+from ..files import leaves
 
 # %% ../../nbs/data/01_files.ipynb #cf6d2237
 def write_atomic(path:Path, # of the file; its folder is made
@@ -191,25 +194,40 @@ def check_member(name:str,     # inside the archive
                  special:bool, # a link, a device, a pipe
                  archive:Path):
     "ValueError unless the member is a plain file or folder that stays inside."
-    path = PurePosixPath(name.replace("\\", "/"))
-    if special or path.is_absolute() or ".." in path.parts or ":" in (path.parts or ("",))[0]:
+    if special or leaves(name):
         raise ValueError(f"{archive.name} holds {name!r}, a link or a path out of its folder; "
                          "nothing was unpacked")
+
+# %% ../../nbs/data/01_files.ipynb #9e81b667
+def check_size(sizes:Iterable[int], # of the members, unpacked
+               archive:Path, folder:Path): # that takes them
+    "ValueError when they do not fit on the disk, or are over 200 times the archive's size and 1 GB."
+    total, limit = 0, max(200 * archive.stat().st_size, 10**9)
+    free = shutil.disk_usage(folder).free
+    for size in sizes:
+        total += size
+        if total > min(limit, free):
+            raise ValueError(f"{archive.name} unpacks to over {total / 1e9:.1f} GB, which "
+                             f"{'no archive of its size does' if total > limit else 'the disk cannot hold'}; "
+                             "nothing was unpacked")
 
 # %% ../../nbs/data/01_files.ipynb #6f8b1e02
 def safe_extract(archive:str|Path, # .zip, .tar, .tar.gz, ...
                  folder:str|Path,  # absent or empty
                  ) -> Path:        # the folder
-    "Unpack `archive` wholly or not at all. ValueError for links, devices, paths that lead outside."
+    """Unpack `archive` wholly or not at all. ValueError for links, devices, paths that lead outside,
+    and for more than the disk, or an archive of its size, can hold."""
     archive, folder = Path(archive), Path(folder)
     with staged(folder) as new:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
                 for member in file.infolist():
                     check_member(member.filename, S_ISLNK(member.external_attr >> 16), archive)
+                check_size((member.file_size for member in file.infolist()), archive, new)
                 file.extractall(new)
         elif tarfile.is_tarfile(archive):
             with tarfile.open(archive) as file:
+                check_size((member.size for member in file), archive, new)
                 for member in file:
                     check_member(member.name, not (member.isreg() or member.isdir()), archive)
                 file.extractall(new, filter="data")

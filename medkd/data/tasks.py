@@ -17,6 +17,7 @@ import numpy as np
 from .files import cached, checksums
 from .volume_patches import Regions
 from .volumes import ENDINGS, read_label, read_volume, values_of
+from ..files import inside
 
 # %% ../../nbs/data/44_tasks.ipynb #a198b400
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ def find_msd(folder:Path, patient:str="" # as in `find_nnunet`
     if about and about.get("training"): # what it lists must be there
         rows = [{key: str(row[key]).removeprefix("./") for key in ("image", "label")}
                 for row in about["training"]]
+        for name in (name for row in rows for name in row.values()): inside(folder, name)
         images = {Path(row["image"]).name.removesuffix(".nii.gz"): row["image"] for row in rows}
         labels = {name: row["label"] for name, row in zip(images, rows)}
     if not images: raise FileNotFoundError(f"no images in {folder}/imagesTr (<case>.nii.gz)")
