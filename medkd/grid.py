@@ -2,10 +2,11 @@
 
 # %% auto #0
 __all__ = ['parse_budget', 'Plan', 'Grid', 'best_score', 'Rehearsal', 'Stopwatch', 'measure', 'measured_once', 'kind_key',
-           'device_name', 'estimate', 'duration', 'scored_once', 'text_sha256', 'held_scores']
+           'device_name', 'estimate', 'duration', 'taken', 'Timed', 'scored_once', 'text_sha256', 'held_scores']
 
-# %% ../nbs/12_grid.ipynb #e1af69fe
+# %% ../nbs/12_grid.ipynb #4da74ff6
 import hashlib
+import importlib
 import json
 import math
 import statistics
@@ -59,14 +60,21 @@ class Plan:
         if not 1 <= self.tuned_on <= len(self.seeds):
             raise ValueError(f"{self.tuned_on} seeds to tune on, {len(self.seeds)} to train; expected 1 to {len(self.seeds)}")
 
-# %% ../nbs/12_grid.ipynb #675ab79f
+# %% ../nbs/12_grid.ipynb #fb50eea2
 class Grid:
-    "The trainings of a plan, by `train`, in `folder`. `scores` holds the search: name -> factor -> mean best validation score; `chosen` the factors."
+    """The trainings of a plan, by `train`, in `folder`. `scores` holds the search: name -> factor -> mean best validation score; `chosen` the factors; `runs` every
+    training, role -> path -> Run."""
     def __init__(self, plan:Plan, train:Callable, # (recipe, folder) -> Run, or network
                  folder:Path, teacher,            # Run, or network
                  make_teacher:Callable):          # a fresh one
-        self.plan, self.train, self.folder, self.teacher, self.make_teacher = plan, train, Path(folder), teacher, make_teacher
-        self.scores, self.chosen = {}, {}
+        self.plan, self.fit, self.folder, self.teacher, self.make_teacher = plan, train, Path(folder), teacher, make_teacher
+        self.scores, self.chosen, self.runs = {}, {}, {}
+
+    def train(self, recipe:Recipe, role:str):
+        "One training, in a folder that begins with its role."
+        run = self.fit(recipe, self.folder/role)
+        self.runs.setdefault(role, {})[getattr(run, "path", None)] = run
+        return run
 
     def recipe(self, name:str, factor:float, seed:int, slow:float=1.) -> Recipe:
         "Of a method, after its stages are trained, or of the student alone, whose factor is that of the learning rate."
@@ -74,12 +82,12 @@ class Grid:
         lr = plan.baseline.lr * (factor if name == "student" else self.chosen.get("student", plan.factors[0]))
         base = replace(plan.baseline, seed=seed, lr=lr)
         if name == "student": return base
-        setting = Setting(base, self.teacher, self.make_teacher, plan.stage, lambda recipe, role: self.train(recipe, self.folder/role))
+        setting = Setting(base, self.teacher, self.make_teacher, plan.stage, self.train)
         return plan.ways.get(name, plain)(plan.methods[name], setting, factor, slow)
 
     def run(self, name:str, seed:int, factor:float|None=None, slow:float=1.):
         "A training: with the chosen factor, unless another is given."
-        return self.train(self.recipe(name, self.chosen[name] if factor is None else factor, seed, slow), self.folder/name)
+        return self.train(self.recipe(name, self.chosen[name] if factor is None else factor, seed, slow), name)
 
     def tune(self, name:str) -> dict[float, float]: # factor -> score
         "Train with every factor; the one with the best validation score is chosen, the first of equals."
@@ -140,12 +148,13 @@ class Stopwatch:
         self.trainer.validate()
         return time.perf_counter() - start
 
-# %% ../nbs/12_grid.ipynb #36a31131
+# %% ../nbs/12_grid.ipynb #97e5e470
 def measure(kinds:Mapping[str, Recipe], # role -> recipe, "student" among them
             steps:int=3                 # timed ones of each, after one that is not
             ) -> dict[str, dict]:       # role -> step, slow, case, start
     """Median seconds of a step, how many times that of the student alone (the steps are taken in turn), seconds of a validation case and of the way to the
     first step."""
+    importlib.import_module("monai.inferers") # before anything is timed
     with tempfile.TemporaryDirectory() as folder, isolated_rng():
         watches, began = {}, {}
         for role, recipe in kinds.items():
@@ -159,7 +168,7 @@ def measure(kinds:Mapping[str, Recipe], # role -> recipe, "student" among them
     slow = {role: statistics.median(turn[role] / turn["student"] for turn in taken) for role in kinds}
     return {role: dict(step=step[role], slow=slow[role], case=case.get(role, case["student"]), start=began[role]) for role in kinds}
 
-# %% ../nbs/12_grid.ipynb #98ba7377
+# %% ../nbs/12_grid.ipynb #2d16b45f
 def measured_once(kinds:Mapping[str, Recipe], path:Path # of a json file
                   ) -> dict[str, dict]:
     "What `measure` says of each role: as it was written down for the same recipe, whatever its length, or measured now."
@@ -174,8 +183,8 @@ def measured_once(kinds:Mapping[str, Recipe], path:Path # of a json file
     return {role: held[role] for role in kinds}
 
 def kind_key(recipe:Recipe) -> str:
-    "Eight hexadecimal digits of a recipe without its length, seed and learning rate."
-    alike = replace(recipe, steps=1, epochs=None, validate_every=1, seed=0, lr=1.)
+    "Eight hexadecimal digits of a recipe without its length, seed, learning rate and weights."
+    alike = replace(recipe, steps=1, epochs=None, validate_every=1, seed=0, lr=1., weights=dict.fromkeys(recipe.weights, 1.))
     return hash8(decided_by(alike, recipe.data, make_teacher(recipe.teacher), recipe.precision))
 
 def device_name() -> str: return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()}, {torch.get_num_threads()} threads"
@@ -199,6 +208,26 @@ def duration(seconds:float) -> str:
     "`45 s`, `12 min` or `3.4 h`."
     if seconds < 100: return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+# %% ../nbs/12_grid.ipynb #bab6b357
+def taken(runs:Mapping[str, Mapping], # role -> path -> Run, as of a grid
+          expected:Mapping[str, Mapping], note:str=""): # of `estimate`
+    "DataFrame: role, its trainings, steps, the estimated and the taken seconds, and the quotient of both."
+    import pandas as pd
+    reports = {role: [run.report for run in of_role.values()] for role, of_role in runs.items()}
+    rows = [dict(role=role, trainings=len(own), steps=sum(report["steps"] for report in own), estimated=expected[role]["seconds"], taken=sum(report["seconds"] for report in own))
+            for role, own in reports.items() if role in expected]
+    whole = {name: sum(row[name] for row in rows) for name in ("trainings", "steps", "estimated", "taken")}
+    return pd.DataFrame([*rows, dict(role="all") | whole]).assign(quotient=lambda t: t["taken"] / t["estimated"]).rename_axis(columns=note or None)
+
+class Timed:
+    "A function; `seconds` is the time spent in it so far."
+    def __init__(self, call:Callable): self.call, self.seconds = call, 0.
+
+    def __call__(self, *args, **kwargs):
+        start = time.perf_counter()
+        try: return self.call(*args, **kwargs)
+        finally: self.seconds += time.perf_counter() - start
 
 # %% ../nbs/12_grid.ipynb #a1bb8a3f
 def scored_once(run, method:str, tests:Mapping, # name -> Splits

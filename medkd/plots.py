@@ -201,8 +201,8 @@ def show_scores(rows,                             # long form, see medkd.tables
             ax.set(title=f"{name}  (n = {here(means)['n'].max()})", xlabel=metric, ylabel="")
     return figure
 
-# %% ../nbs/06_plots.ipynb #0cad544c
-COSTS = ("parameters (M)", "MACs (G)", "latency (ms)", "peak memory (MiB)")
+# %% ../nbs/06_plots.ipynb #c907e6b8
+COSTS = ("parameters (M)", "MACs (G)", "latency (ms)", "peak memory (MiB)", "training (s)")
 
 def spread(places:Sequence[float],  # of labels
            gap:float) -> np.ndarray:

@@ -2,15 +2,16 @@
 
 # %% auto #0
 __all__ = ['with_steps', 'later', 'times', 'Setting', 'plain', 'with_arguments', 'paraphrased', 'by_oracle', 'alignment',
-           'aligned', 'fitting', 'needed']
+           'aligned', 'softened', 'fitting', 'needed']
 
-# %% ../nbs/11_stages.ipynb #eb8a582d
+# %% ../nbs/11_stages.ipynb #0e310c4a
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
 from .core import resolve, tap_shapes
 from .data.views import with_views
+from .losses.acf_bckd import acf_bckd_weights
 from .losses.gkd import GKD, warmup
 from .losses.gkd_align import ACT, MSAN, PSAE, Alignment, LatentNet, Reconstruction, alignment_scores, annotation, bottleneck, mask_dice
 from .losses.graph_flow import GraphFlow
@@ -108,6 +109,15 @@ def aligned(entry:tuple, setting:Setting, factor:float=1., slow:float=1., width:
     recipe = with_steps(recipe, (base.steps - base.steps // 2) / slow)
     epochs = recipe.steps * recipe.batch_size / len(base.data.train)
     return replace(recipe, weights={name: w if name == "seg" else warmup(w, epochs) for name, w in times(weights, factor).items()})
+
+# %% ../nbs/11_stages.ipynb #54c31c0b
+def softened(entry:tuple, setting:Setting, factor:float=1., slow:float=1., floor:float=.001 # of the hard boundary's weight
+             ) -> Recipe:
+    "ACF-BCKD: `hbd` falls linearly from 1 to the floor over the training, `sbd` rises as much."
+    recipe = plain(entry, setting, factor, slow)
+    epochs = recipe.steps / max(1, len(recipe.data.train) // recipe.batch_size)
+    changing = acf_bckd_weights(1 / epochs, floor)
+    return replace(recipe, weights=recipe.weights | times({name: changing[name] for name in ("hbd", "sbd")}, factor))
 
 # %% ../nbs/11_stages.ipynb #971ab314
 def fitting(methods:Mapping[str, tuple], # name -> (terms, weights, ...)
