@@ -161,7 +161,7 @@ def storable(values:dict) -> bool:
     try: return bool(describe_items(values, Path.cwd()))
     except TypeError: return False
 
-# %% ../../nbs/trainers/07_fit.ipynb #56a34933
+# %% ../../nbs/trainers/07_fit.ipynb #2ff3a63a
 def fit(recipe:Recipe,
         run_dir:str|Path,          # folder and role: runs/gkd/chasedb1/teacher; "-<hash>" is added
         nproc:int=1,               # processes (DDP by torchrun) on this machine
@@ -174,8 +174,9 @@ def fit(recipe:Recipe,
     decides it>.
 
     Raises Stale, NotFinite, Damaged, ValueError (recipe, teacher), OSError (folder), RuntimeError
-    (another process trains it, or one of `nproc` failed); what was written stays usable."""
-    from medkd.trainers.launch import launch # which runs as a program, too
+    (another process trains it, or one of `nproc` failed); what was written stays usable. A file
+    `stop` in the folder stops it with KeyboardInterrupt after its step."""
+    from medkd.trainers.launch import forget_stop, launch, stoppable # which runs as a program, too
     if stale not in ("refuse", "rerun", "keep"):
         raise ValueError(f"stale={stale!r}; expected refuse, rerun or keep")
     check_trackers(trackers)
@@ -188,9 +189,12 @@ def fit(recipe:Recipe,
     if not (folder/"report.json").exists() or check_stale(recipe, folder, stale):
         with writing(make_folder(folder)):
             prepare_folder(recipe, splits, folder, decided, nproc, stale)
+            forget_stop(folder)
             if (folder/"report.json").exists(): pass # another process was faster
             elif nproc > 1: launch(folder, nproc, packages(recipe, splits), *options)
-            else: make(recipe, splits, folder, precision, hash8(decided), *options).fit()
+            else:
+                trainer = make(recipe, splits, folder, precision, hash8(decided), *options)
+                with stoppable(folder): trainer.fit()
     return Run(folder, network_maker(recipe.student), packages(recipe))
 
 # %% ../../nbs/trainers/07_fit.ipynb #63cb7272
