@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
 OUT = out
 TEST_ENV = env OMP_NUM_THREADS=1 MPLBACKEND=agg
-.PHONY: demo test lab bench check install export clean-nbs
+.PHONY: demo test test-ui lab bench check docs install export clean-nbs
 
 .venv/installed: constraints.txt settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,21 @@ demo: .venv/installed
 test: .venv/installed
 	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q tests
+
+# JupyterLab in a real browser: Debian's chromium, PyPI's playwright; a loud line where the first cannot be had
+AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo -n)
+test-ui: .venv/ui
+	@command -v chromium >/dev/null || { $(AS_ROOT) apt-get update -q && $(AS_ROOT) env DEBIAN_FRONTEND=noninteractive \
+		apt-get install -qy --no-install-recommends chromium fonts-liberation; } || echo "!!! chromium cannot be installed here: NO BROWSER TESTS"
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -q tests/ui
+
+# the site of documentation in _docs: notebooks and papers (smoke, phantoms) executed, API, results; links checked
+docs: .venv/docs
+	$(BIN)/python docs/build.py
+
+.venv/ui .venv/docs: .venv/installed
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,$(@F)]"
+	touch $@
 
 lab: .venv/installed
 	$(BIN)/jupyter lab
