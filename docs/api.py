@@ -1,11 +1,18 @@
 "Pages of the API, of the installed package: signature, parameters with their comments, what is returned, docstring."
 import ast
-import importlib
+import importlib.util
 import inspect
+import re
+from html import escape
 from pathlib import Path
 
 from fastcore.docments import docments
-from text import plain
+
+
+def plain(text):
+    "One line of a docstring or comment as markdown that shows it literally, code spans kept."
+    pieces = re.split(r"(`[^`\n]+`)", " ".join(text.split()))
+    return "".join(p if i % 2 else re.sub(r"([*_|\[\]~])", r"\\\1", escape(p, quote=False)) for i, p in enumerate(pieces))
 
 
 def definitions(module):
@@ -17,6 +24,13 @@ def definitions(module):
             for leaf in ast.walk(target) if isinstance(target, ast.expr) else [target]:
                 if name := getattr(leaf, "name", None) or getattr(leaf, "id", None): found.setdefault(name, node)
     return {name: found[name] for name in module.__all__ if name in found}
+
+
+def borrowed(module):
+    "Exported name -> the module that it comes from, where that is another one."
+    return {alias.asname or alias.name: importlib.util.resolve_name("." * node.level + (node.module or ""), module.__package__)
+            for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ImportFrom)
+            for alias in node.names if (alias.asname or alias.name) in module.__all__}
 
 
 def arguments(node):
@@ -93,4 +107,5 @@ def page(name, notebook):
     parts = [f"# {name}", plain(module.__doc__ or ""), f"Written in [{Path(notebook).stem}]({notebook})."]
     for symbol, node in definitions(module).items():
         parts += entry(symbol, node, getattr(module, symbol), f"[source: {file}]({notebook}#{symbol})")
+    if found := borrowed(module): parts.append("\n".join(["| name | defined in |", "|---|---|", *(f"| `{symbol}` | {origin} |" for symbol, origin in found.items())]))
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,6 +1,7 @@
 """build.py [SITE] [--plain]: the site of documentation in SITE (_docs). Notebooks are executed, papers with the preset smoke; a result is kept in
 out/docs until notebook or package change. --plain: nothing is executed, pages have no outputs."""
 import argparse
+import importlib
 import os
 import re
 import shutil
@@ -39,7 +40,7 @@ class Site:
         clean = {path: nbformat.read(path, 4) for path in found}
         self.titles = {path: pages.title(notebook) for path, notebook in clean.items()}
         self.modules = {name: path for path, notebook in clean.items() if (name := pages.module_name(notebook))}
-        self.defined = {name: [*api.definitions(api.importlib.import_module(name))] for name in sorted(self.modules)}
+        self.defined = {name: [*api.definitions(importlib.import_module(name))] for name in sorted(self.modules)}
         every = [name for names in self.defined.values() for name in names]
         self.names = {name: self.api_page(module).with_suffix(".html").as_posix() + f"#{name}"
                       for module, names in self.defined.items() for name in names if every.count(name) == 1 and len(name) > 2}
@@ -103,7 +104,7 @@ class Site:
         contents = ["# API", "", "| module | names |", "|---|---|"]
         parts = {name: [] for name in PARTS}
         for module, path in sorted(self.modules.items()):
-            if not self.defined[module]: continue
+            if not importlib.import_module(module).__all__: continue
             page = self.api_page(module)
             up = "../" * (len(page.parts) - 1)
             text = api.page(module, up + self.sources[path].as_posix())

@@ -83,7 +83,7 @@ def shown(outputs, about):
         for kind in ("text/plain", "text/html"):
             if kind in data: data[kind] = clean(data[kind])
         for kind in data:
-            if kind.startswith("image/"): output.setdefault("metadata", {})[kind] = dict(alt=about)
+            if kind.startswith("image/"): output.setdefault("metadata", {}).setdefault(kind, {}).setdefault("alt", about)
         yield output
 
 

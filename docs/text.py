@@ -1,6 +1,5 @@
-"Markdown of notebooks and docstrings: formulas as MathML, code names and files as links."
+"Markdown of notebooks: formulas as MathML, code names and files as links."
 import re
-from html import escape
 
 from latex2mathml.converter import convert
 
@@ -30,9 +29,3 @@ def rich(text, names, link):
         return match["text"] if new is None else f"{match['bang']}[{match['text']}]({new})"
     pieces = re.split(r"(```.*?```|`[^`\n]+`|\$\$.+?\$\$)", text, flags=re.S)
     return PARTS.sub(part, "".join(LINK.sub(relink, p) if i % 2 == 0 else p for i, p in enumerate(pieces)))
-
-
-def plain(text):
-    "One line of a docstring or comment as markdown that shows it literally, code spans kept."
-    pieces = re.split(r"(`[^`\n]+`)", " ".join(text.split()))
-    return "".join(p if i % 2 else re.sub(r"([*_|\[\]~])", r"\\\1", escape(p, quote=False)) for i, p in enumerate(pieces))

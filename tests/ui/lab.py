@@ -42,9 +42,11 @@ def jupyterlab(folder, home):
     env = os.environ | {name: str(home/name.lower()) for name in HOMES} | dict(IN_TEST="1")
     for name in ("MEDKD_DATA", "MPLBACKEND"): env.pop(name, None)
     for name in HOMES: (home/name.lower()).mkdir(parents=True, exist_ok=True)
+    quiet = home/"jupyterlab_settings_dir"/"@jupyterlab"/"apputils-extension"/"notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-               f"--IdentityProvider.token={token}", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-               "--LabApp.expose_app_in_browser=True"]
+               f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True"]
     address = f"http://127.0.0.1:{port}"
     with open(home/"server.log", "w") as log:
         server = psutil.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)

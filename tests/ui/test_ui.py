@@ -40,13 +40,13 @@ def page():
     problems = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
-        page = browser.new_page(viewport=dict(width=1400, height=1000))
+        page = browser.new_page(viewport=dict(width=1400, height=1800))
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: None if request.url.startswith(("http://127.0.0.1:", "data:", "blob:")) else problems.append(f"outside: {request.url}"))
         yield page
         browser.close()
-    assert not problems, problems
+    assert not problems, "\n".join(problems)
 
 
 def move(control, kind):
@@ -74,7 +74,7 @@ def move(control, kind):
 KINDS = dict(slider=".noUi-handle", dropdown="select", checkbox="input[type=checkbox]", buttons=".widget-toggle-buttons")
 
 
-@pytest.mark.timeout(220)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook(name, served, page):
     path, _ = NOTEBOOKS[name]
@@ -82,7 +82,7 @@ def test_notebook(name, served, page):
     notebook = Notebook(page, *served, path)
     SHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SHOTS/f"{name}_opened.png")
-    outputs = notebook.run_all(160)
+    outputs = notebook.run_all(900)
     errors = [output for cell in outputs for output in cell if output["output_type"] == "error"]
     assert not errors, json.dumps(errors)[:2000]
     assert any("image/png" in output.get("data", {}) for cell in outputs for output in cell), "no picture"
