@@ -124,20 +124,18 @@ def profile_command(args:argparse.Namespace) -> int:
     rows = profile_rows(names, args.channels, args.classes, args.width, args.size, args.repeats)
     return tell(args, rows, table([row | {key: f"{value:,}" for key, value in row.items() if isinstance(value, int)} for row in rows]))
 
-# %% ../nbs/09_main.ipynb #0cc7b726
+# %% ../nbs/09_main.ipynb #4a05b14e
 def table_command(args:argparse.Namespace) -> int:
     "The stored scores of a paper's runs as a table, or a table that its notebook wrote."
     from medkd.manage import folder_rows, stored_tables
     if not args.folder.is_dir(): return fail(f"no folder {args.folder}; give the one that a paper notebook wrote, e.g. runs/gkd/chasedb1")
+    held, rows = stored_tables(args.folder), [] if args.name else folder_rows(args.folder)
     import pandas as pd
     from medkd.compare import latex_table, markdown_table
     from medkd.core import unknown
-    held = stored_tables(args.folder)
+    from medkd.tables import score_table
     if args.name and args.name not in held: raise unknown("table", args.name, held)
-    if args.name: frame = pd.read_csv(held[args.name])
-    else:
-        from medkd.tables import score_table
-        frame = score_table(folder_rows(args.folder))
+    frame = pd.read_csv(held[args.name]) if args.name else score_table(rows)
     write = dict(md=markdown_table, csv=lambda frame: frame.to_csv(index=False), latex=latex_table)[args.format]
     return tell(args, json.loads(frame.to_json(orient="records")), write(frame).rstrip("\n"))
 

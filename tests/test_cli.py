@@ -159,3 +159,97 @@ def test_damaged_run_is_named_and_hides_no_other(runs, tmp_path):
     refused(medkd("runs", "--show", tmp_path/"other"), "other/params.json is not that of a run")
     (copied/"metrics.jsonl").write_text("{\n" + (copied/"metrics.jsonl").read_text())
     refused(medkd("runs", "--show", copied), "metrics.jsonl is damaged in line 1")
+
+
+def test_actions_have_help():
+    done = medkd("runs", "--help")
+    assert done.returncode == 0 and all(word in done.stdout for word in ("list", "show", "compare", "prune", "--root"))
+    done = medkd("runs", "prune", "--help")
+    assert done.returncode == 0 and all(word in done.stdout for word in ("--unfinished", "--stale", "--older-than DAYS", "--dry-run", "--yes", "--json"))
+
+
+def test_two_runs_side_by_side(runs, tmp_path):
+    _, done = runs
+    other = fit(replace(toy.alone, steps=2, epochs=None, lr=.02), tmp_path/"student").path
+    found = json.loads(medkd("runs", "compare", done, other, "--json").stdout)
+    assert found["differs"] == {"lr": [.01, .02]} and found["scores"]["state"] == ["complete", "complete"]
+    lines = medkd("runs", "compare", done, other).stdout.splitlines()
+    assert ["lr", "0.01", "0.02"] in [line.split() for line in lines]
+    refused(medkd("runs", "compare", done, tmp_path), f"no run at {tmp_path}")
+
+
+# in this process: what is deleted, and what is not --------------------------------------------------
+
+@pytest.fixture
+def called(capsys):
+    from medkd.__main__ import main
+    def call(*arguments):
+        code = main([*map(str, arguments)])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+    return call
+
+
+@pytest.fixture
+def copies(runs, tmp_path):
+    "A folder with a complete run, one set aside and one that was begun."
+    import shutil
+    root, done = runs
+    shutil.copytree(root/"runs", tmp_path/"runs")
+    return tmp_path/"runs", {path.name: path for path in (tmp_path/"runs/toy/squares").iterdir()}
+
+
+def test_prune_takes_what_is_unfinished_or_stale(called, copies):
+    root, folders = copies
+    begun, = (path for name, path in folders.items() if name.startswith("begun"))
+    aside, = (path for name, path in folders.items() if ".stale-" in name)
+    done, = (path for path in folders.values() if path not in (begun, aside))
+    code, out, _ = called("runs", "prune", "--unfinished", "--stale", "--dry-run", "--root", root)
+    assert code == 0 and "nothing was deleted" in out and all(path.exists() for path in folders.values())
+    code, out, error = called("runs", "prune", "--unfinished", "--root", root) # nobody at the keyboard
+    assert code == 2 and "--yes deletes without asking" in error and begun.exists()
+    assert called("runs", "prune", "--older-than", "1", "--yes", "--root", root)[:2] == (0, "nothing to delete\n")
+    code, out, _ = called("runs", "prune", "--older-than", "0", "--yes", "--json", "--root", root)
+    assert code == 0 and {row["why"] for row in json.loads(out)["found"]} == {"unfinished", "stale"}
+    assert not begun.exists() and not aside.exists() and (done/"report.json").exists() and [*done.parent.iterdir()] == [done]
+
+
+def test_a_complete_run_goes_only_by_its_name(called, copies):
+    root, folders = copies
+    done = min(folders.values(), key=lambda path: (".stale-" in path.name, path.name.startswith("begun")))
+    assert called("runs", "prune", "--root", root)[0] == 2 and "complete runs only by name" in called("runs", "prune", "--root", root)[2]
+    assert called("runs", "prune", done, "--yes")[0] == 0 and not done.exists() and len([*done.parent.iterdir()]) == 2
+    assert called("runs", "prune", done, "--yes")[::2] == (2, f"no run at {done}\n")
+
+
+def test_prune_leaves_what_is_being_written(called, copies):
+    from medkd.files import writing
+    root, folders = copies
+    begun, = (path for name, path in folders.items() if name.startswith("begun"))
+    with writing(begun):
+        code, _, error = called("runs", "prune", "--unfinished", "--yes", "--root", root)
+    assert code == 2 and "another process is writing" in error and (begun/"params.json").exists()
+
+
+def test_profile(called):
+    code, out, _ = called("profile", "unet3d_tiny", "--classes", "14", "--repeats", "0", "--json")
+    row, = json.loads(out)
+    assert (code, row["parameters"], row["input"]) == (0, 1_961_012, "1x1x96x96x96") and abs(row["multiply-accumulates"] / 8.12e9 - 1) < .01
+    assert called("profile", "unet3d")[0] == 2 and "unet3d_tiny" in called("profile", "unet3d")[2]
+
+
+def test_tables(called, tmp_path):
+    from medkd.manage import find_runs
+    for name, dice in (("student-00000001", ".5"), ("kd-00000002", ".75")):
+        scored = tmp_path/name/"predictions"/"toy"
+        scored.mkdir(parents=True)
+        (tmp_path/name/"params.json").write_text("{}")
+        (tmp_path/name/"report.json").write_text("{}")
+        (scored/"scores.csv").write_text(f"case,class,unit,dice\na,vessel,px,{dice}\n")
+    (tmp_path/"differences.csv").write_text("method,p_holm\nkd,0.5\n")
+    assert len(find_runs(tmp_path)) == 2
+    assert "| toy | kd | 0.750 | 1 |" in called("table", tmp_path)[1]
+    assert r"toy & kd & 0.750 & 1 \\" in called("table", tmp_path, "--format", "latex")[1]
+    assert called("table", tmp_path, "--name", "differences", "--format", "csv")[1] == "method,p_holm\nkd,0.5\n"
+    assert [row["method"] for row in json.loads(called("table", tmp_path, "--json")[1])] == ["kd", "student"]
+    assert "did you mean differences" in called("table", tmp_path, "--name", "difference")[2]
