@@ -98,14 +98,14 @@ def compare_runs(folders:Sequence[Path]) -> dict:
                 differs={name: [one.get(name) for one in decided] for name in names if len({repr(one.get(name)) for one in decided}) > 1},
                 scores={name: [one.get(name) for one in scores] for name in dict.fromkeys(key for one in scores for key in one)})
 
-# %% ../nbs/15_manage.ipynb #6c5cf893
-def prunable(root:Path, unfinished:bool, stale:bool, older:float|None=None # days since the last change
+# %% ../nbs/15_manage.ipynb #a4e2e391
+def prunable(root:Path, unfinished:bool, stale:bool, older:float|None=None # days since the last change, at least
              ) -> list[dict]: # path, why, bytes, days
     "Folders under `root` that may be deleted without being named; complete runs are not among them."
     found = [(path, "unfinished") for path in find_runs(root) if unfinished and not (path/"report.json").exists()]
     found += [(path, "stale") for path in sorted(root.rglob("*.stale-*")) if stale and path.is_dir() and not any(".stale-" in parent.name for parent in path.parents)]
     rows = [described(path, why) for path, why in found]
-    return [row for row in rows if older is None or row["days"] > older]
+    return [row for row in rows if older is None or row["days"] >= older]
 
 def described(path:Path, why:str) -> dict:
     "A folder with its size and its age: days since anything in it changed."
