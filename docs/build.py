@@ -86,7 +86,7 @@ class Site:
         base = ROOT if page == Path("index.ipynb") else path.parent
         notebook = pages.page(notebook, self.defined.get(module, []), partial(self.rewrite, page=page, base=base), anchor)
         note = self.rewrite(NOTE[kind if self.execute else "plain"], page, base)
-        if filled: notebook.cells.insert(1, nbformat.v4.new_markdown_cell(f"*{note}*"))
+        if filled: notebook.cells.insert(1, nbformat.v4.new_markdown_cell(f"*{note}*", id="note"))
         (STAGE/page).parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, STAGE/page)
 

@@ -106,7 +106,7 @@ def page(notebook, definitions, rewrite, anchor):
         else:
             cell.outputs = [*shown(cell.outputs, described(cell.source, heading, before))]
             names = [name for name in definitions if re.search(rf"^(?:def |class |){re.escape(name)}\b", cell.source, re.M)] if exported else []
-            cells += [nbformat.v4.new_markdown_cell(anchor(names))] if names else []
+            cells += [nbformat.v4.new_markdown_cell(anchor(names), id=f"api-{names[0]}")] if names else []
         cell.metadata = nbformat.NotebookNode()
         cells.append(cell)
     notebook.cells = cells

@@ -22,9 +22,9 @@ STATE = """async cell => {
     const bytes = async image => [...new Uint8Array(await crypto.subtle.digest('SHA-1', await (await fetch(image.src)).arrayBuffer()))].join();
     const seen = image => image.src && image.getBoundingClientRect().width > 0;
     const pictures = await Promise.all([...cell.querySelectorAll('.jp-Cell-outputWrapper img')].filter(seen).map(bytes));
-    const canvases = [...cell.querySelectorAll('.jp-Cell-outputWrapper canvas')].map(canvas => canvas.toDataURL());
+    const drawn = [...cell.querySelectorAll('.jp-Cell-outputWrapper .widget-html svg')].map(svg => svg.innerHTML);
     const text = [...cell.querySelectorAll('.jp-Cell-outputWrapper :is(pre, table, .widget-label, .widget-html)')].map(part => part.textContent);
-    return {pictures: [...pictures, ...canvases].join(';'), text: text.join(';')};
+    return {pictures: [...pictures, ...drawn].join(';'), text: text.join(';')};
 }"""
 
 
