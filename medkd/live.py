@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .__main__ import find_runs
+from .manage import find_runs
 from .controls import Panel, choice
 from .files import read_json, write_atomic, writing
 from .paint import shade
