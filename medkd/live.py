@@ -6,7 +6,7 @@
 __all__ = ['RunLog', 'thinned', 'ticks', 'points', 'svg_chart', 'stop_run', 'continue_run', 'time_text', 'log_shares',
            'run_state', 'LivePanel', 'live_panel']
 
-# %% ../nbs/08_live.ipynb #9e4099a7
+# %% ../nbs/08_live.ipynb #b1d935d2
 import json
 import os
 import threading
