@@ -4,7 +4,7 @@
 __all__ = ['HIGHER', 'LATEX', 'winner', 'winner_text', 'rank_draws', 'rank_table', 'show_ranks', 'draw_forest', 'show_forest',
            'result_table', 'cell_text', 'markdown_table', 'latex_cell', 'latex_table', 'write_table', 'ForestPanel']
 
-# %% ../nbs/13_compare.ipynb #06f7ae19
+# %% ../nbs/13_compare.ipynb #dad11734
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 from .core import unknown
 from .files import make_folder, write_atomic
 from .paint import PALETTE
-from .show import make_figure, styled
+from .pictures import make_figure, styled
 from .tables import as_frame, compare_table, over_seeds, per_case, seed_text, summarise
 
 # %% ../nbs/13_compare.ipynb #a214b262

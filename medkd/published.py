@@ -3,14 +3,14 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'all_published', 'published', 'gains', 'show_gains', 'published_beside']
 
-# %% ../nbs/14_published.ipynb #4ce80b84
+# %% ../nbs/14_published.ipynb #d77ef871
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 
 from .core import unknown
 from .plots import method_colours
-from .show import make_figure, styled
+from .pictures import make_figure, styled
 
 # %% ../nbs/14_published.ipynb #c19bd706
 COLUMNS = ("paper", "method", "dataset", "teacher", "student", "setting", "metric", "value", "sd", "unit", "table", "source", "note")

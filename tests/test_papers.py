@@ -491,7 +491,7 @@ def test_problems_are_answered_before_data_and_figures():
 
 
 def test_trained_teacher_is_taken(here, fundi):
-    from medkd.__main__ import summary
+    from medkd.manage import summary
     weights_of("unet", here/"t.safetensors", width=.125)
     found = []
     for given_as in ("t.safetensors", "t.safetensors", None):
