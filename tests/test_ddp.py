@@ -1,11 +1,7 @@
 """Two processes on one machine: equal parameters, the same curve, clean ends."""
-import os
-import signal
-import time
 from dataclasses import replace
 from functools import partial
 
-import psutil
 import pytest
 import toy
 from torch import nn
@@ -54,45 +50,6 @@ def test_curve_and_queue_of_one_process(two, recipe, tmp_path):
     keys = [sorted(read_json(run.path/"rank0.json")["keys"]) for run in (one, two)]
     assert len(keys[0]) == 12
     for ours, theirs in zip(*keys): assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
-
-
-def test_killed_parent_leaves_nobody_and_the_run_continues(two, recipe, tmp_path):
-    slow = replace(recipe, data=partial(toy.squares, toy.Slow))
-    parent = toy.in_child(fit, slow, tmp_path/"run", nproc=2, save_every=0)
-    folder = toy.wait_for(lambda: [p.parent for p in tmp_path.glob("*/last.pt")])[0]
-    family = psutil.Process(parent.pid).children(recursive=True)
-    assert len(family) >= 3
-    os.kill(parent.pid, signal.SIGKILL)
-    started = time.monotonic()
-    assert not psutil.wait_procs(family, timeout=10)[1]
-    assert time.monotonic() - started < 10
-    assert not (folder/"report.json").exists()
-    run = fit(slow, tmp_path/"run", nproc=2)
-    assert toy.outcome(run.path)["log"] == toy.outcome(two.path)["log"]
-    ours, theirs = (toy.outcome(each.path)["state"] for each in (run, two))
-    for part in ("objective", "optimiser", "adversary"): assert ours[part] == theirs[part]
-
-
-def test_interrupt_keeps_a_checkpoint(recipe, tmp_path):
-    slow = replace(recipe, data=partial(toy.squares, toy.Slow), steps=400)
-    parent = toy.in_child(fit, slow, tmp_path/"run", nproc=2)
-    toy.wait_for(lambda: [p for p in tmp_path.glob("*/last.pt")])
-    os.kill(parent.pid, signal.SIGINT)
-    assert toy.exit_code(parent) == 1
-    folder = toy.only_run(tmp_path)
-    state = toy.read_checkpoint(folder/"last.pt")
-    rows = (folder/"metrics.jsonl").read_text().splitlines()
-    assert state["step"] == sum('"train"' in row for row in rows) >= 2
-
-
-def test_one_failing_rank_ends_all(recipe, tmp_path):
-    started = time.monotonic()
-    with pytest.raises(RuntimeError, match="rank 1 is lost"):
-        fit(replace(recipe, trainer=toy.Losing), tmp_path/"run", nproc=2)
-    assert time.monotonic() - started < 60
-    mine = str(tmp_path)
-    lines = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
-    assert not [line for line in lines if mine in line]
 
 
 @pytest.mark.parametrize("change, named", [

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ..files import make_folder, read_json, write_json, writing
+from .loader import lost_workers
 from .recipe import Recipe, decided_by, hash8, make_teacher, resolve_precision
 from .run import (Run, describe_items, dotted, importable, network_maker,
                                 source_sha256, sources)
@@ -174,8 +175,8 @@ def fit(recipe:Recipe,
     decides it>.
 
     Raises Stale, NotFinite, Damaged, ValueError (recipe, teacher), OSError (folder), RuntimeError
-    (another process trains it, or one of `nproc` failed); what was written stays usable. A file
-    `stop` in the folder stops it with KeyboardInterrupt after its step."""
+    (another process trains it, one of `nproc` failed, a worker was killed); what was written stays
+    usable. A file `stop` in the folder stops it with KeyboardInterrupt after its step."""
     from medkd.trainers.launch import forget_stop, launch, stoppable # which runs as a program, too
     if stale not in ("refuse", "rerun", "keep"):
         raise ValueError(f"stale={stale!r}; expected refuse, rerun or keep")
@@ -187,7 +188,7 @@ def fit(recipe:Recipe,
     folder, make = Path(f"{run_dir}-{hash8(decided)}"), recipe.trainer or Trainer
     options = workers, save_every, trackers
     if not (folder/"report.json").exists() or check_stale(recipe, folder, stale):
-        with writing(make_folder(folder)):
+        with writing(make_folder(folder)), lost_workers():
             prepare_folder(recipe, splits, folder, decided, nproc, stale)
             forget_stop(folder)
             if (folder/"report.json").exists(): pass # another process was faster
