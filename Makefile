@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
 OUT = out
 TEST_ENV = env OMP_NUM_THREADS=1 MPLBACKEND=agg
-.PHONY: demo test test-ui lab bench check docs install export clean-nbs
+.PHONY: demo test test-ui test-faults faults lab bench check docs install export clean-nbs
 
 .venv/installed: constraints.txt settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -22,7 +22,15 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q tests
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q tests --ignore=tests/faults
+
+# a sample of the faults: kills, damaged files, processes that die
+test-faults: .venv/installed
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadscope -q tests/faults
+
+# every stage of every paper killed and continued, every other fault: benchmarks/results/faults.md
+faults: .venv/installed
+	$(TEST_ENV) $(BIN)/python tests/faults/run.py
 
 # JupyterLab in a real browser: Debian's chromium, PyPI's playwright; a loud line where the first cannot be had
 AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo -n)
