@@ -20,7 +20,7 @@ KIDNEYS = tuple(f"case_{k:05d}" for k in (1, 2, 5, 0, 6, 17))
 HEARTS = ("patient001", "patient003", "patient002", "patient004")
 ORGANS = ("0001", "0002", "0032", "0035")
 PAPERS = dict( # paper -> (phantom, its cases, their size, parameters beside preset="smoke")
-    gkd=("chasedb1", FUNDI, (140, 140), dict(dim=32, methods="kd,at,cirkd,fsp,coco,gkd")),
+    gkd=("chasedb1", FUNDI, (140, 140), dict(dim=32)),
     graph_flow=("gastric", SECTIONS, (64, 64), dict(methods="kd,at,fsp,ft,vid,skd,coco,graph_flow,cirkd")),
     acf_bckd=("btcv", ORGANS, (24, 40, 40), dict(ablation=True)),
     sikd=("acdc", HEARTS, (3, 48, 40), {}),
