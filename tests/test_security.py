@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = ("medkd", "papers", "benchmarks", "setup.py")
+SHIPPED = ("medkd", "papers", "benchmarks", "docs", "setup.py")
 
 
 # what the sources call -----------------------------------------------------------------------------
