@@ -71,7 +71,8 @@ def move(control, kind):
     return True
 
 
-KINDS = dict(slider=".noUi-handle", dropdown="select", checkbox="input[type=checkbox]", buttons=".widget-toggle-buttons")
+# buttons of a panel are pressed last: they act on runs
+KINDS = dict(slider=".noUi-handle", dropdown="select", checkbox="input[type=checkbox]", buttons=".widget-toggle-buttons", button="button.jupyter-button:not(.widget-toggle-button)")
 
 
 @pytest.mark.timeout(1200)
@@ -98,7 +99,7 @@ def test_notebook(name, served, page):
         moved, drawing = moved | found[0], drawing | found[1]
         cell.screenshot(path=SHOTS/f"{name}_{number}_moved.png")
     print(f"{name}: {len(panels)} groups of controls, moved: {sorted(moved)}, of which a picture followed: {sorted(drawing)}")
-    assert {"slider", "dropdown"} <= moved == drawing
+    assert {"slider", "dropdown"} <= moved and moved - {"button"} <= drawing
 
 
 def controls_change(cell, where):
