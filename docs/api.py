@@ -104,8 +104,8 @@ def page(name, notebook):
     module = importlib.import_module(name)
     file = Path("medkd", *name.split(".")[1:])
     file = file/"__init__.py" if hasattr(module, "__path__") else file.with_suffix(".py")
-    parts = [f"# {name}", plain(module.__doc__ or ""), f"Written in [{Path(notebook).stem}]({notebook})."]
+    parts = [f"# {plain(name)}", plain(module.__doc__ or ""), f"Written in [{Path(notebook).stem}]({notebook})."]
     for symbol, node in definitions(module).items():
-        parts += entry(symbol, node, getattr(module, symbol), f"[source: {file}]({notebook}#{symbol})")
+        parts += entry(symbol, node, getattr(module, symbol), f"[source: {file}]({notebook}#def-{symbol})")
     if found := borrowed(module): parts.append("\n".join(["| name | defined in |", "|---|---|", *(f"| `{symbol}` | {origin} |" for symbol, origin in found.items())]))
     return "\n\n".join(part for part in parts if part) + "\n"

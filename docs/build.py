@@ -2,6 +2,7 @@
 out/docs until notebook or package change. --plain: nothing is executed, pages have no outputs."""
 import argparse
 import importlib
+import logging
 import os
 import re
 import shutil
@@ -82,7 +83,7 @@ class Site:
         module, up = pages.module_name(notebook), "../" * (len(page.parts) - 1)
         def anchor(names):
             where = up + self.api_page(module).with_suffix(".html").as_posix()
-            return '<p class="made">' + " ".join(f'<a id="{name}" href="{where}#{name}">API: {name}</a>' for name in names) + "</p>"
+            return '<p class="made">' + " · ".join(f'<a id="def-{name}" href="{where}#{name}">API: {name}</a>' for name in names) + "</p>"
         base = ROOT if page == Path("index.ipynb") else path.parent
         notebook = pages.page(notebook, self.defined.get(module, []), partial(self.rewrite, page=page, base=base), anchor)
         note = self.rewrite(NOTE[kind if self.execute else "plain"], page, base)
@@ -95,7 +96,7 @@ class Site:
         listed = [path for path, page in self.sources.items() if page.parent == folder and page.name != "index.ipynb"]
         module = {path: name for name, path in self.modules.items()}
         rows = [f"| [{self.titles[path][0]}]({path.name}) | {self.rewrite(self.titles[path][1], folder/'index.md', path.parent)} | "
-                + (f"[{module[path]}]({'../' * len(folder.parts)}{self.api_page(module[path])})" if path in module else "") + " |" for path in listed]
+                + (f"[`{module[path]}`]({'../' * len(folder.parts)}{self.api_page(module[path])})" if path in module else "") + " |" for path in listed]
         index = self.write(folder/"index.md", "\n".join([f"# {name}", "", "| notebook | | module |", "|---|---|---|", *rows]) + "\n")
         return [index, *(self.sources[path].as_posix() for path in listed)]
 
@@ -111,7 +112,7 @@ class Site:
             made = self.write(page, rich(text, {name: up + at for name, at in self.names.items()}, lambda target: target))
             part = module.split(".")[1] if module.split(".")[1] in PARTS else ""
             parts[part].append({module: made})
-            contents.append(f"| [{module}]({page.relative_to('api')}) | " + ", ".join(f"[{name}]({page.relative_to('api')}#{name})" for name in self.defined[module]) + " |")
+            contents.append(f"| [`{module}`]({page.relative_to('api')}) | " + ", ".join(f"[{name}]({page.relative_to('api')}#{name})" for name in self.defined[module]) + " |")
         return [self.write(Path("api/index.md"), "\n".join(contents) + "\n"), *({PARTS[part]: made} for part, made in parts.items() if made)]
 
     def results(self):
@@ -137,6 +138,7 @@ class Site:
 
 
 def main(site, execute):
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     shutil.rmtree(STAGE, ignore_errors=True)
     os.environ |= dict(IN_TEST="1", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     for name in ("MEDKD_DATA", "MPLBACKEND"): os.environ.pop(name, None)

@@ -22,6 +22,7 @@ class Page(HTMLParser):
 
 def faults(folder):
     "One line for each fault of the site in `folder`."
+    folder = folder.resolve()
     pages = {path: Page(path.read_text()) for path in folder.rglob("*.html")}
     for path, page in pages.items():
         where = path.relative_to(folder)
@@ -32,17 +33,18 @@ def faults(folder):
             if parts.scheme or parts.netloc:
                 if tag != "a": yield f"{where}: <{tag}> from outside: {target}"
                 continue
-            file = (path.parent/unquote(parts.path)).resolve() if parts.path else path
+            base = folder if parts.path.startswith("/") else path.parent
+            file = (base/unquote(parts.path).lstrip("/")).resolve() if parts.path else path
             file = file/"index.html" if file.is_dir() else file
             if not file.exists(): yield f"{where}: no such file: {target}"
-            elif parts.fragment and file in pages and unquote(parts.fragment) not in pages[file].ids and parts.fragment != "__skip":
+            elif parts.fragment and file in pages and unquote(parts.fragment) not in pages[file].ids:
                 yield f"{where}: no such place: {target}"
     for path in folder.rglob("*.css"):
         yield from (f"{path.relative_to(folder)}: from outside: {url}" for url in re.findall(r"(?:url\(|@import)\s*[\"']?((?:https?:)?//[^\"')]+)", path.read_text()))
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]).resolve()
+    folder = Path(sys.argv[1])
     found = sorted(set(faults(folder)))
     if found: sys.exit("\n".join(found[:200]) + f"\n{len(found)} faults")
     print(f"{len([*folder.rglob('*.html')])} pages: every link leads somewhere, every picture is described, nothing comes from outside")

@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = re.compile(r"#\| *(eval: *false|notest|slow)")
 FIRST = re.compile(r"^\s*(?:[#>]+ *)?(.+?[.:!?](?=\s|$)|.+$)", re.M)
 

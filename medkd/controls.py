@@ -25,11 +25,10 @@ def slider(name:str, value, low, high, step=None, # an int: whole numbers
 
 def choice(name:str, options, # names, or (text, value) pairs
            value=None):
-    "A list to choose from."
+    "A list to choose from: the first is chosen unless `value` is given."
     import ipywidgets as widgets
-    options = list(options)
-    first = options[0][1] if isinstance(options[0], tuple) else options[0]
-    return widgets.Dropdown(options=options, value=first if value is None else value, description=name)
+    given = {} if value is None else dict(value=value)
+    return widgets.Dropdown(options=list(options), description=name, **given)
 
 # %% ../nbs/07_controls.ipynb #b47316e5
 def html_table(rows:Sequence[Sequence], # the first one is the header
@@ -58,15 +57,16 @@ def figure_bytes(figure, dpi:int=100) -> bytes:
 # %% ../nbs/07_controls.ipynb #a6c92c8f
 class Panel:
     """A picture, `figure`, and below it `controls` (ipywidgets). A class of panels gives `draw`, the figure for where its controls stand;
-    `live`, an image, follows from the first move on."""
+    `live`, an image, follows from the first move on, with its text for those who hear it, `said`."""
     live_format = "png"
 
     def place(self, *rows:Sequence) -> None: # of widgets
         "Lay the controls out; a row wraps where the notebook is narrow."
         import ipywidgets as widgets
         self.live = widgets.Image(format=self.live_format, layout=widgets.Layout(display="none", max_width="100%", object_fit="contain"))
+        self.said = widgets.HTML(layout=widgets.Layout(height="0", margin="0"))
         wrap = dict(flex_flow="row wrap", max_width="100%")
-        self.controls = widgets.VBox([*(widgets.HBox(list(row), layout=widgets.Layout(**wrap)) for row in rows), self.live])
+        self.controls = widgets.VBox([*(widgets.HBox(list(row), layout=widgets.Layout(**wrap)) for row in rows), self.said, self.live])
 
     def watch(self, call:Callable, *controls) -> None:
         "`call(change)` whenever one of them moves."
@@ -81,7 +81,8 @@ class Panel:
         self.show_live(figure_bytes(figure), figure_text(figure))
 
     def show_live(self, picture:bytes, text:str) -> None: # what it shows, in words
-        self.live.value, self.live.tooltip, self.live.layout.display = picture, text, "block"
+        self.live.value, self.live.layout.display = picture, "block"
+        self.said.value = f'<span role="status" style="position:absolute;width:1px;height:1px;overflow:hidden">{escape(text)}</span>'
 
     def _ipython_display_(self):
         from IPython.display import display

@@ -20,7 +20,7 @@ def test_api_of_a_module():
     assert "kd_kl(student: Tensor, teacher: Tensor, tau: float = 1.0) -> Tensor" in text
     assert "| `tau` | `float` | `1.0` | temperature |" in text
     assert r"| `student` | `Tensor` |  | (B,K,\*S) logits |" in text
-    assert "(../../nbs/losses/02_logits.ipynb#kd_kl), line " in text
+    assert "(../../nbs/losses/02_logits.ipynb#def-kd_kl), line " in text
 
 
 def test_every_exported_name_has_an_entry():

@@ -23,7 +23,7 @@ STATE = """async cell => {
     const seen = image => image.src && image.getBoundingClientRect().width > 0;
     const pictures = await Promise.all([...cell.querySelectorAll('.jp-Cell-outputWrapper img')].filter(seen).map(bytes));
     const drawn = [...cell.querySelectorAll('.jp-Cell-outputWrapper .widget-html svg')].map(svg => svg.innerHTML);
-    const text = [...cell.querySelectorAll('.jp-Cell-outputWrapper :is(pre, table, .widget-label, .widget-html)')].map(part => part.textContent);
+    const text = [...cell.querySelectorAll('.jp-Cell-outputWrapper :is(pre, table, .widget-label, .widget-html:not(:has([role=status])))')].map(part => part.textContent);
     return {pictures: [...pictures, ...drawn].join(';'), text: text.join(';')};
 }"""
 

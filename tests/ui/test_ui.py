@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from lab import CHROMIUM, SWITCHES, Notebook, changed, jupyterlab, state
+from lab import CHROMIUM, Notebook, changed, jupyterlab, state
 
 ROOT = Path(__file__).parent.parent.parent
 SHOTS = ROOT/"out"/"ui"
@@ -31,22 +31,6 @@ def copy(source, target, parameters):
     target.parent.mkdir(parents=True, exist_ok=True)
     if parameters: nbformat.write(parameterize_notebook(load_notebook_node(str(source)), parameters), target)
     else: shutil.copy(source, target)
-
-
-@pytest.fixture
-def page():
-    "A page that reaches loopback alone; at the end there must have been no error and no request elsewhere."
-    from playwright.sync_api import sync_playwright
-    problems = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
-        page = browser.new_page(viewport=dict(width=1400, height=1800))
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: None if request.url.startswith(("http://127.0.0.1:", "data:", "blob:")) else problems.append(f"outside: {request.url}"))
-        yield page
-        browser.close()
-    assert not problems, "\n".join(problems)
 
 
 def move(control, kind):
