@@ -21,7 +21,7 @@ demo: .venv/installed
 	@echo "result table:      $(OUT)/runs/gkd/phantom-chasedb1/results.md"
 
 test: .venv/installed
-	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2
+	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2 --skip_file_glob start.ipynb
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q tests
 
 # a sample of the faults: kills, damaged files, processes that die
@@ -48,7 +48,7 @@ docs: .venv/docs
 	touch $@
 
 lab: .venv/installed
-	$(BIN)/jupyter lab
+	$(BIN)/jupyter lab --ip=127.0.0.1 nbs/start.ipynb
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py

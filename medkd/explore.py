@@ -57,7 +57,7 @@ def class_sizes(item:Mapping, classes:Sequence[str] # index = label value; of ma
     factor = 1 if spacing is None else float(np.prod(spacing)) / (1 if flat else 1000)
     return dict(zip(classes[not several:], (counts * factor).tolist())), ("pixels" if flat else "voxels") if spacing is None else "mm²" if flat else "mL"
 
-# %% ../nbs/08_explore.ipynb #d67a12d5
+# %% ../nbs/08_explore.ipynb #dd0a197f
 def draw_greys(ax, item:Mapping, classes:Sequence[str], colours:Mapping[str, str], most:int=200_000) -> None:
     "Histogram of the first channel, of everything and of each class, from at most so many voxels."
     values, label = as_array(item["image"])[0].ravel(), as_array(item["label"])
@@ -70,7 +70,7 @@ def draw_greys(ax, item:Mapping, classes:Sequence[str], colours:Mapping[str, str
     for k, (name, colour) in enumerate(colours.items()):
         inside = values[flat[k] > 0] if several else values[flat == k + 1]
         if inside.size: line(inside, color=colour, lw=1.4)
-    ax.set(title="intensities of all (grey) and of each class", xlabel="value that the network sees", ylabel="share of voxels")
+    ax.set(title="intensities of all (grey) and of each class", xlabel="value that the network sees", ylabel=f"share of {'pixels' if item['image'].ndim == 3 else 'voxels'}")
 
 def draw_case(ax, item:Mapping, colours:Mapping[str, str], title:str, index:int|None=None) -> None: # axial slice
     "An image, or a slice of a volume, with the outline of every class."
@@ -80,7 +80,7 @@ def draw_case(ax, item:Mapping, colours:Mapping[str, str], title:str, index:int|
     place = 0 if flat else fullest(label > 0)[2] if index is None else index
     picture = as_picture(item["image"] if flat else plane(item["image"], 2, place))
     draw_plane(ax, picture, (1, 1) if flat else voxel_sides(item, 2))
-    outline(ax, label if flat else plane(label, 2, place), colours)
+    outline(ax, label if flat else plane(label, 2, place), colours, .7)
     ax.set(xticks=[], yticks=[], title=title)
     ax.grid(False)
     ax.spines[:].set_visible(False)

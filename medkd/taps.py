@@ -93,9 +93,10 @@ def users(terms:Sequence[Term], net:nn.Module, layer:str, side:int # 0 student, 
     def reads(tap): return tap == layer or (tap != "out" and module is not None and resolve(net, tap)[0] is module)
     return [type(term).__name__ for term in terms if any(reads(tap) for tap in term.needs[side])]
 
-# %% ../nbs/08_taps.ipynb #466cd09e
+# %% ../nbs/08_taps.ipynb #fbe4c456
 class TapExplorer(Panel):
-    "Controls `case`, `view`, `channel`, `depth` (of volumes), and of each network a layer: `theirs`, `mine`; `trees` (name -> text that folds)."
+    """Controls `case`, `view`, `channel`, `depth` (of volumes), and of each network a layer, first one that a term reads: `theirs`, `mine`;
+    `trees` (name -> NetworkTree)."""
     def __init__(self, items:Mapping[str, Mapping], networks:Mapping[str, nn.Module], terms:Sequence[Term], title:str, note:str):
         import ipywidgets as widgets
         self.items, self.networks, self.terms, self.title, self.note = items, networks, terms, title, note
@@ -105,7 +106,8 @@ class TapExplorer(Panel):
         self.case, self.view = choice("image", items), choice("view", VIEWS, "attention")
         self.channel, self.depth = slider("channel", 0, 0, 1, moving=False), slider("depth, %", 50, 0, 99, moving=False)
         layers = {name: self.layers(net) for name, net in networks.items()}
-        self.theirs, self.mine = (choice(name, own, own[len(own) // 2]) for name, own in layers.items())
+        read = [[tap for term in terms for tap in term.needs[side] if tap != "out"] for side in (1, 0)]
+        self.theirs, self.mine = (choice(name, own, next((tap for tap in taps if tap in own), own[0])) for taps, (name, own) in zip(read, layers.items()))
         shape = (1, *first["image"].shape)
         self.trees = {name: NetworkTree(net, shape) for name, net in networks.items()}
         folded = [widgets.HTML(f"<b>{escape(name)}</b>{tree._repr_html_()}", layout=widgets.Layout(max_width="100%")) for name, tree in self.trees.items()]
