@@ -3,7 +3,6 @@
 Every training is forked from the process that trained the reference, so that no trial pays for imports.
 """
 import hashlib
-import json
 import mmap
 import multiprocessing
 import os
@@ -17,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import psutil
-from toy import outcome
+import torch
 
 import medkd.files
 import medkd.trainers.checkpoint as checkpoint
@@ -148,8 +147,16 @@ def unreadable(folder):
 def result(folder):
     "sha256 of all that two runs must share, bit by bit: weights, last checkpoint, log, report without its times."
     report = {k: v for k, v in read_json(folder/"report.json").items() if k not in ("seconds", "peak_memory")}
-    whole = repr(sorted(outcome(folder).items())) + json.dumps(report, sort_keys=True)
-    return hashlib.sha256(whole.encode()).hexdigest()
+    files = [hashlib.sha256((folder/name).read_bytes()).hexdigest() for name in ("best.safetensors", "metrics.jsonl")]
+    state = read_checkpoint(folder/"last.pt") | dict(seconds=0)
+    return hashlib.sha256(repr([files, short(state), sorted(report.items())]).encode()).hexdigest()
+
+
+def short(value):
+    "Nested containers with the sha256 of each tensor in its place."
+    if torch.is_tensor(value): return str(value.dtype), tuple(value.shape), hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+    if isinstance(value, dict): return sorted((repr(name), short(part)) for name, part in value.items())
+    return [short(part) for part in value] if isinstance(value, (list, tuple)) else repr(value)
 
 
 def trial(stage, expected, root, instants, workers=2, point=None, limit=120):

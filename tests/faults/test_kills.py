@@ -24,7 +24,8 @@ def done(tmp_path_factory):
         patch.setenv("MEDKD_CACHE", str(folder/"cache"))
         child = multiprocessing.get_context("fork").Process(target=disturb, args=(folder,))
         child.start()
-        child.join(500)
+        child.join(570)
+        child.kill() # has no effect on one that has ended
     assert child.exitcode == 0
     return json.loads((folder/"done.json").read_text())
 
