@@ -121,9 +121,9 @@ def main():
     with contextlib.ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="medkd-faults-", ignore_cleanup_errors=True)))
         work.mkdir(parents=True, exist_ok=True)
+        if not (work/"about.json").exists(): (work/"about.json").write_text(json.dumps(provenance(False)))
         papers = [one_paper(paper, args.kills, args.seed, work) for paper in args.papers or PAPERS]
-        others = other_faults(work)
-    about = provenance(False)
+        others, about = other_faults(work), json.loads((work/"about.json").read_text())
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out/"faults.json").write_text(json.dumps(dict(about=about, seed=args.seed, papers=papers, others=others), indent=1) + "\n")
     (args.out/"faults.md").write_text(page(about, papers, others))

@@ -21,7 +21,7 @@ HEARTS = ("patient001", "patient003", "patient002", "patient004")
 ORGANS = ("0001", "0002", "0032", "0035")
 PAPERS = dict( # paper -> (phantom, its cases, their size, parameters beside preset="smoke")
     gkd=("chasedb1", FUNDI, (140, 140), dict(dim=32)),
-    graph_flow=("gastric", SECTIONS, (64, 64), dict(methods="kd,at,fsp,ft,vid,skd,coco,graph_flow,cirkd")),
+    graph_flow=("gastric", SECTIONS, (64, 64), {}),
     acf_bckd=("btcv", ORGANS, (24, 40, 40), dict(ablation=True)),
     sikd=("acdc", HEARTS, (3, 48, 40), {}),
     hlfd=("kits19", KIDNEYS, (4, 64, 64), {}))
@@ -39,10 +39,11 @@ class Stage:
 
 def needed(sources):
     "Of a notebook's statements its parameters, those that train, and what they depend on, in order."
-    plain = ("\n".join(line for line in s.splitlines() if not line.startswith("%")) for s in sources)
-    body = [statement for source in plain for statement in ast.parse(source).body]
-    kept = {i for i, statement in enumerate(body)
-            if isinstance(statement, ast.AnnAssign) or {"train", "fit"} & called(statement)}
+    plain = ["\n".join(line for line in s.splitlines() if not line.startswith("%")) for s in sources]
+    body = [(statement, source.startswith("# Parameters")) for source in plain for statement in ast.parse(source).body]
+    kept = {i for i, (statement, given) in enumerate(body)
+            if given or isinstance(statement, ast.AnnAssign) or {"train", "fit"} & called(statement)}
+    body = [statement for statement, _ in body]
     while True:
         names = {name for i in kept for name in loaded(body[i])}
         more = kept | {i for i, statement in enumerate(body) if names & stored(statement)}
