@@ -33,7 +33,7 @@ ABOUT = dict(curves="Losses and scores over the steps of training", share="Share
 
 
 class Site:
-    "`sources`: notebook -> its staged page; `names`: exported name -> its place in the API; `modules`: module -> notebook."
+    "`sources`: notebook -> its staged page; `modules`: module -> notebook; `defined`: module -> names; `names`: those that no other thing is called -> module."
     def __init__(self, execute):
         self.execute = execute
         found = [path for folder in ("nbs", "papers") for path in sorted((ROOT/folder).rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
@@ -43,8 +43,7 @@ class Site:
         self.modules = {name: path for path, notebook in clean.items() if (name := pages.module_name(notebook))}
         self.defined = {name: [*api.definitions(importlib.import_module(name))] for name in sorted(self.modules)}
         every = [name for names in self.defined.values() for name in names]
-        self.names = {name: self.api_page(module).with_suffix(".html").as_posix() + f"#{name}"
-                      for module, names in self.defined.items() for name in names if every.count(name) == 1 and len(name) > 2}
+        self.names = {name: module for module, names in self.defined.items() for name in names if every.count(name) == 1 and re.search("[A-Z_]", name)}
 
     def api_page(self, module): return Path("api", *module.split(".")[1:] or ["medkd"]).with_suffix(".md")
 
@@ -55,16 +54,16 @@ class Site:
         if not file.exists(): raise ValueError(f"link to {target}: no such file")
         known = self.sources | {ROOT/name: Path(name.lower()) for name in FILES} | {ROOT/"papers/results": Path("results/index.md"), ROOT/"papers/results/README.md": Path("results/index.md")}
         page = known.get(file) or (file.relative_to(ROOT)/"index.md" if file.is_dir() and file.relative_to(ROOT).parts[0] in ("nbs", "papers") else None)
-        return page and page.with_suffix(".html").as_posix() + (f"#{fragment}" if fragment else "")
+        return page and page.as_posix() + (f"#{fragment}" if fragment else "")
 
-    def rewrite(self, text, page, base):
-        "Formulas and links of a page's markdown."
-        up = "../" * (len(page.parts) - 1)
+    def rewrite(self, text, page, base, module=None):
+        "Formulas and links of a page's markdown, in a notebook to what becomes of the files; names of the page's own module are links, too."
+        def to(place): return "../" * (len(page.parts) - 1) + (place if page.suffix == ".md" else re.sub(r"\.(md|ipynb)(?=#|$)", ".html", place))
         def link(target):
-            if target == "results": return up + "results/index.html"
-            found = self.place(target, base)
-            return found and up + found
-        return rich(text, {name: up + at for name, at in self.names.items()}, link)
+            found = "results/index.md" if target == "results" else self.place(target, base)
+            return found and to(found)
+        known = self.names | dict.fromkeys(self.defined.get(module, []), module)
+        return rich(text, {name: to(f"{self.api_page(at).as_posix()}#{name}") for name, at in known.items()}, link)
 
     def write(self, page, text):
         file = STAGE/page
@@ -85,7 +84,7 @@ class Site:
             where = up + self.api_page(module).with_suffix(".html").as_posix()
             return '<p class="made">' + " · ".join(f'<a id="def-{name}" href="{where}#{name}">API: {name}</a>' for name in names) + "</p>"
         base = ROOT if page == Path("index.ipynb") else path.parent
-        notebook = pages.page(notebook, self.defined.get(module, []), partial(self.rewrite, page=page, base=base), anchor)
+        notebook = pages.page(notebook, self.defined.get(module, []), partial(self.rewrite, page=page, base=base, module=module), anchor)
         note = self.rewrite(NOTE[kind if self.execute else "plain"], page, base)
         if filled: notebook.cells.insert(1, nbformat.v4.new_markdown_cell(f"*{note}*", id="note"))
         (STAGE/page).parent.mkdir(parents=True, exist_ok=True)
@@ -107,9 +106,8 @@ class Site:
         for module, path in sorted(self.modules.items()):
             if not importlib.import_module(module).__all__: continue
             page = self.api_page(module)
-            up = "../" * (len(page.parts) - 1)
-            text = api.page(module, up + self.sources[path].as_posix())
-            made = self.write(page, rich(text, {name: up + at for name, at in self.names.items()}, lambda target: target))
+            text = api.page(module, "../" * (len(page.parts) - 1) + self.sources[path].as_posix())
+            made = self.write(page, self.rewrite(text, page, (ROOT/page).parent, module))
             part = module.split(".")[1] if module.split(".")[1] in PARTS else ""
             parts[part].append({module: made})
             contents.append(f"| [`{module}`]({page.relative_to('api')}) | " + ", ".join(f"[{name}]({page.relative_to('api')}#{name})" for name in self.defined[module]) + " |")
@@ -139,6 +137,7 @@ class Site:
 
 def main(site, execute):
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("traitlets").setLevel("ERROR") # nbconvert misses the pictures' descriptions, which the hook gives
     shutil.rmtree(STAGE, ignore_errors=True)
     os.environ |= dict(IN_TEST="1", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     for name in ("MEDKD_DATA", "MPLBACKEND"): os.environ.pop(name, None)

@@ -1,5 +1,6 @@
 "mkdocs-jupyter's page as one of Material: its own style sheets and scripts are left out, code cells look like any code."
 import re
+from collections import Counter
 from html import escape
 
 import nbformat
@@ -16,8 +17,17 @@ def descriptions(notebook):
         if kinds and not {"text/html", "image/svg+xml"} & {*output["data"]}: yield output["metadata"][kinds[0]]["alt"]
 
 
+def numbered(html):
+    "Headings that are called the same, told apart as the table of contents does."
+    seen = Counter()
+    def number(match):
+        seen[match[2]] += 1
+        return match[1] + match[2] + (f"_{seen[match[2]] - 1}" if seen[match[2]] > 1 else "")
+    return re.sub(r'(<h[1-6][^>]* id=")([^"]+)', number, html)
+
+
 def on_page_content(html, page, **_):
     if not page.file.src_path.endswith(".ipynb"): return html
     body = html[html.index('<div class="jupyter-wrapper">'):html.rindex("<!-- jupyter-wrapper -->")]
     for about in descriptions(nbformat.read(page.file.abs_src_path, 4)): body = body.replace(MISSING, f'alt="{escape(about)}"', 1)
-    return CODE.sub(r'<div class="highlight"><pre><code>\1</code></pre></div>', COPY.sub("", body))
+    return numbered(CODE.sub(r'<div class="highlight"><pre><code>\1</code></pre></div>', COPY.sub("", body)))
