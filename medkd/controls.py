@@ -25,7 +25,7 @@ def slider(name:str, value, low, high, step=None, # an int: whole numbers
 
 def choice(name:str, options, # names, or (text, value) pairs
            value=None):
-    "A list to choose from: the first is chosen unless `value` is given."
+    "A list to choose from: the first is chosen unless `value` is given. ipywidgets takes a value of None for no choice."
     import ipywidgets as widgets
     given = {} if value is None else dict(value=value)
     return widgets.Dropdown(options=list(options), description=name, **given)

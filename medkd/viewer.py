@@ -180,7 +180,7 @@ class SliceViewer(Panel):
         several = first["label"].ndim == first["image"].ndim
         self.classes, self.names, channels = classes, ("background",) * several + tuple(classes), len(first["image"])
         self.case, self.method = choice("case", items), choice("method", predictions or ["truth"])
-        self.shown = choice("class", [("all", None), *((name, k) for k, name in enumerate(self.names) if k)])
+        self.shown = choice("class", [("all", 0), *((name, k) for k, name in enumerate(self.names) if k)])
         flat = first["image"].ndim == 3
         self.slices = {} if flat else {name: slider(name, 0, 0, first["image"].shape[1 + axis] - 1) for axis, name in reversed([*enumerate(PLANES)])}
         self.opacity = slider("opacity", .6, 0., 1., .05)
@@ -230,7 +230,7 @@ class SliceViewer(Panel):
         "Of each plane: the image, what is found."
         places = {name: control.value for name, control in self.slices.items()}
         window, channel = (self.level.value, self.width.value), self.channel.value
-        return {name: self.drawing.tiles(name, places, self.shown.value, channel, window, self.opacity.value) for name in self.drawing.planes}
+        return {name: self.drawing.tiles(name, places, self.shown.value or None, channel, window, self.opacity.value) for name in self.drawing.planes}
 
     def move(self, change) -> None:
         "The picture for where the controls stand."
@@ -247,7 +247,7 @@ class SliceViewer(Panel):
         rows = [sum(tiles.values(), [])] if not self.slices else list(zip(*tiles.values()))
         heads = texts if not self.slices else [f"{name} {control.value}" for name, control in self.slices.items()]
         figure = draw_tiles(rows, heads, texts if self.slices else [""], f"{self.title}: {self.case.value}", self.note)
-        errors = self.predictions and (len(self.names) == 2 or self.shown.value is not None)
+        errors = self.predictions and (len(self.names) == 2 or self.shown.value)
         colour_legend(figure, ERRORS if errors else class_colours(self.names))
         return figure
 
