@@ -23,7 +23,7 @@ STATE = """async cell => {
     const seen = image => image.src && image.getBoundingClientRect().width > 0;
     const pictures = await Promise.all([...cell.querySelectorAll('.jp-Cell-outputWrapper img')].filter(seen).map(bytes));
     const drawn = [...cell.querySelectorAll('.jp-Cell-outputWrapper .widget-html svg')].map(svg => svg.innerHTML);
-    const text = [...cell.querySelectorAll('.jp-Cell-outputWrapper :is(pre, table, .widget-label, .widget-html:not(:has([role=status])))')].map(part => part.textContent);
+    const text = [...cell.querySelectorAll('.jp-Cell-outputWrapper :is(pre, table, .widget-label, .widget-html)')].map(part => part.textContent);
     return {pictures: [...pictures, ...drawn].join(';'), text: text.join(';')};
 }"""
 
@@ -82,6 +82,8 @@ class Notebook:
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
         self.do("await w.context.ready; await w.sessionContext.ready; await w.sessionContext.session.kernel.info;")
         self.until("w.sessionContext.session.kernel.status == 'idle'", 90)
+        self.do("window.kernelErrors = []; w.sessionContext.iopubMessage.connect((_, message) => {"
+                " if (message.header.msg_type == 'error') window.kernelErrors.push(message.content.traceback.join('\\n')); });")
 
     def do(self, script):
         "Run JavaScript; `w` is the notebook panel, `app` JupyterLab."
@@ -94,7 +96,6 @@ class Notebook:
     def run_all(self, seconds):
         "Run every cell and wait for the last; the outputs of each."
         self.do("app.commands.execute('notebook:run-all-cells');")
-        self.until("w.content.widgets.some(c => c.model.type == 'code' && c.model.executionCount)", 60)
         idle = "w.sessionContext.session.kernel.status == 'idle'"
         self.until(idle + " && w.content.widgets.every(c => c.model.type != 'code' || !c.model.sharedModel.source || c.model.executionState == 'idle'"
                    " && (c.model.executionCount || c.model.outputs.toJSON().some(o => o.output_type == 'error')))"
@@ -103,6 +104,10 @@ class Notebook:
 
     def outputs(self):
         return self.do("return [...w.content.widgets].map(c => c.model.type == 'code' ? c.model.outputs.toJSON() : []);")
+
+    def errors(self):
+        "Of cells and of what controls call, which JupyterLab shows nowhere."
+        return self.page.evaluate("window.kernelErrors")
 
     def theme(self, name):
         self.do(f"await app.commands.execute('apputils:change-theme', {{theme: '{name}'}});")
@@ -119,7 +124,7 @@ class Notebook:
 def state(cell): return cell.evaluate(STATE)
 
 
-def changed(cell, before, seconds=20):
+def changed(cell, before, seconds=60):
     "What the cell shows once that differs from `before` and stays; None when it does not."
     end, last = time.time() + seconds, before
     while time.time() < end:

@@ -55,8 +55,7 @@ def move(control, kind):
     return True
 
 
-# buttons of a panel are pressed last: they act on runs
-KINDS = dict(slider=".noUi-handle", dropdown="select", checkbox="input[type=checkbox]", buttons=".widget-toggle-buttons", button="button.jupyter-button:not(.widget-toggle-button)")
+KINDS = dict(slider=".noUi-handle", dropdown="select", checkbox="input[type=checkbox]", buttons=".widget-toggle-buttons")
 
 
 @pytest.mark.timeout(1200)
@@ -73,22 +72,29 @@ def test_notebook(name, served, page):
     assert any("image/png" in output.get("data", {}) for cell in outputs for output in cell), "no picture"
     panels = [i for i, cell in enumerate(outputs) if any(WIDGET in output.get("data", {}) for output in cell)]
     assert panels, "no controls"
-    moved, drawing = set(), set()
+    moved, faults = {}, []
     for number, index in enumerate(panels):
         cell = notebook.cell(index)
         for theme in ("light", "dark"):
             notebook.theme(f"JupyterLab {theme.title()}")
             cell.screenshot(path=SHOTS/f"{name}_{number}_{theme}.png")
-        found = controls_change(cell, f"{name}, controls {number}")
-        moved, drawing = moved | found[0], drawing | found[1]
+        found = move_controls(cell)
+        faults += [f"controls {number}: {kind} {i} changes nothing" for kind, i, change in found if change is None]
+        if not any(change == "picture" for *_, change in found): faults.append(f"controls {number}: no picture changed")
+        if not thumbnail_shows(cell): faults.append(f"controls {number}: no thumbnail")
+        for kind, _, change in found: moved.setdefault(kind, set()).add(change)
         cell.screenshot(path=SHOTS/f"{name}_{number}_moved.png")
-    print(f"{name}: {len(panels)} groups of controls, moved: {sorted(moved)}, of which a picture followed: {sorted(drawing)}")
-    assert {"slider", "dropdown"} <= moved and moved - {"button"} <= drawing
+    print(f"{name}: {len(panels)} groups of controls; kinds and what followed: {moved}")
+    faults += [f"no picture followed any {kind}" for kind, changes in moved.items() if "picture" not in changes]
+    faults += notebook.errors()
+    assert not faults, "\n".join(faults)
+    assert {"slider", "dropdown"} <= {*moved}
 
 
-def controls_change(cell, where):
-    "Move every control of a cell: each must change a picture or a text. The kinds that were moved, and those that changed a picture."
-    kinds, drawing = set(), set()
+def move_controls(cell):
+    """Move every control of a cell (buttons, which act on runs, are left alone): kind, which one, and whether a "picture" or only a "text"
+    changed, or nothing (None)."""
+    found = []
     for kind, selector in KINDS.items():
         for i in range(cell.locator(f".jupyter-widgets {selector}").count()):
             control = cell.locator(f".jupyter-widgets {selector}").nth(i)
@@ -96,8 +102,13 @@ def controls_change(cell, where):
             before = state(cell)
             if not move(control, kind): continue
             after = changed(cell, before)
-            assert after, f"{where}: {kind} {i} changes nothing"
-            kinds.add(kind)
-            if after["pictures"] != before["pictures"]: drawing.add(kind)
-    assert drawing, f"{where}: no picture changed"
-    return kinds, drawing
+            found.append((kind, i, after and ("picture" if after["pictures"] != before["pictures"] else "text")))
+    return found
+
+
+def thumbnail_shows(cell):
+    "Whether a point of a map of vectors, where there is one, shows its picture while the mouse is on it."
+    points = cell.locator(".medkd-point circle")
+    if not points.count(): return True
+    points.first.hover(force=True)
+    return any(more.is_visible() for more in cell.locator(".medkd-more").all())
