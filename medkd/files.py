@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['MAGIC', 'HELD', 'write_temporary', 'write_error', 'write_atomic', 'sync_folder', 'leaves', 'inside', 'make_folder',
-           'write_json', 'read_json', 'Damaged', 'seal', 'unseal', 'append_jsonl', 'read_jsonl', 'writing']
+           'file_state', 'write_json', 'read_json', 'Damaged', 'seal', 'unseal', 'append_jsonl', 'read_jsonl',
+           'writing']
 
-# %% ../nbs/00_files.ipynb #914a9023
+# %% ../nbs/00_files.ipynb #4c057209
 import errno
 import fcntl
 import hashlib
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-# %% ../nbs/00_files.ipynb #487ff79f
+# %% ../nbs/00_files.ipynb #bdecc7ed
 def write_temporary(path:Path, data:bytes) -> Path:
     """Write `data`, flushed to the disk, beside `path`: the temporary file's path, which nobody can
     foresee. Nothing is left of a failed write."""
@@ -58,7 +59,7 @@ def sync_folder(folder:Path) -> None:
     try: os.fsync(handle)
     finally: os.close(handle)
 
-# %% ../nbs/00_files.ipynb #25fe8f22
+# %% ../nbs/00_files.ipynb #a3d07470
 def leaves(name:str) -> bool:
     "Whether a path is absolute or leads out of its folder, on any system."
     path = PurePosixPath(name.replace("\\", "/"))
@@ -80,6 +81,13 @@ def make_folder(path:str|Path) -> Path:
     if not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, f"no write permission in the folder {path}")
     return path
+
+# %% ../nbs/00_files.ipynb #d755e891
+def file_state(path:str|Path) -> tuple[int, ...]:
+    "Inode, size in bytes and time of the last change (ns) of a file; empty where there is none."
+    try: found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError): return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 # %% ../nbs/00_files.ipynb #79f3eb6d
 def write_json(path:str|Path, value) -> Path:

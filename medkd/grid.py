@@ -4,7 +4,7 @@
 __all__ = ['parse_budget', 'Plan', 'Grid', 'best_score', 'Rehearsal', 'Stopwatch', 'measure', 'measured_once', 'kind_key',
            'device_name', 'estimate', 'duration', 'taken', 'Timed', 'scored_once', 'text_sha256', 'held_scores']
 
-# %% ../nbs/12_grid.ipynb #4da74ff6
+# %% ../nbs/12_grid.ipynb #bc155225
 import hashlib
 import importlib
 import json
@@ -27,7 +27,7 @@ from .tables import long_rows
 from .trainers import Recipe, Trainer
 from .trainers.fit import cpu_name
 from .trainers.loader import training_loader
-from .trainers.recipe import decided_by, hash8, make_teacher, resolve_precision
+from .trainers.recipe import decided_by, hash8, resolve_precision
 from .trainers.run import network_maker, source_sha256
 from .trainers.trainer import on_device
 
@@ -168,7 +168,7 @@ def measure(kinds:Mapping[str, Recipe], # role -> recipe, "student" among them
     slow = {role: statistics.median(turn[role] / turn["student"] for turn in taken) for role in kinds}
     return {role: dict(step=step[role], slow=slow[role], case=case.get(role, case["student"]), start=statistics.median(began.values())) for role in kinds}
 
-# %% ../nbs/12_grid.ipynb #2d16b45f
+# %% ../nbs/12_grid.ipynb #c5f0ac2a
 def measured_once(kinds:Mapping[str, Recipe], path:Path # of a json file
                   ) -> dict[str, dict]:
     "What `measure` says of each role: as it was written down for the same recipe, whatever its length, or measured now."
@@ -185,7 +185,7 @@ def measured_once(kinds:Mapping[str, Recipe], path:Path # of a json file
 def kind_key(recipe:Recipe) -> str:
     "Eight hexadecimal digits of a recipe without its length, seed, learning rate and weights."
     alike = replace(recipe, steps=1, epochs=None, validate_every=1, seed=0, lr=1., weights=dict.fromkeys(recipe.weights, 1.))
-    return hash8(decided_by(alike, recipe.data, make_teacher(recipe.teacher), recipe.precision))
+    return hash8(decided_by(alike, recipe.data, recipe.teacher, recipe.precision))
 
 def device_name() -> str: return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()}, {torch.get_num_threads()} threads"
 

@@ -150,6 +150,19 @@ def test_run_as_start_teacher_and_argument(tmp_path):
     assert fit(again, tmp_path/"run").path == run.path
 
 
+def test_teacher_of_a_finished_run_is_read_once(tmp_path, monkeypatch):
+    import medkd.trainers.run as module
+    start = fit(replace(toy.alone, epochs=1), tmp_path/"start")
+    recipe = replace(one, teacher=start, terms=(Seg, KD), weights=dict(seg=1, kd=1))
+    run = fit(recipe, tmp_path/"run")
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "load_file", None)
+        patched.setattr(module.inspect, "getsource", None)
+        assert fit(recipe, tmp_path/"run").path == run.path
+    save_weights(start.path/"best.safetensors", bare())
+    assert fit(recipe, tmp_path/"run").path != run.path
+
+
 def test_unfinished_run_is_no_teacher(tmp_path):
     with toy.stopping_after(2), pytest.raises(KeyboardInterrupt): fit(toy.alone, tmp_path/"run")
     with pytest.raises(RuntimeError, match="is unfinished; fit the same recipe again"):

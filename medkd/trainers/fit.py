@@ -5,7 +5,7 @@ __all__ = ['PACKAGES', 'versions', 'git_state', 'cpu_name', 'environment', 'Stal
            'check_portable', 'check_recipe_portable', 'load_splits', 'packages', 'check_stale', 'set_run_aside',
            'prepare_folder', 'storable', 'fit', 'check_trackers']
 
-# %% ../../nbs/trainers/07_fit.ipynb #f9cd9e6b
+# %% ../../nbs/trainers/07_fit.ipynb #b6867ebc
 import json
 import platform
 import subprocess
@@ -20,7 +20,7 @@ import torch
 
 from ..files import make_folder, read_json, write_json, writing
 from .loader import lost_workers
-from .recipe import Recipe, decided_by, hash8, make_teacher, resolve_precision
+from .recipe import Recipe, decided_by, hash8, resolve_precision
 from .run import (Run, describe_items, dotted, importable, network_maker,
                                 source_sha256, sources)
 from .trainer import Trainer
@@ -162,7 +162,7 @@ def storable(values:dict) -> bool:
     try: return bool(describe_items(values, Path.cwd()))
     except TypeError: return False
 
-# %% ../../nbs/trainers/07_fit.ipynb #2ff3a63a
+# %% ../../nbs/trainers/07_fit.ipynb #cc494550
 def fit(recipe:Recipe,
         run_dir:str|Path,          # folder and role: runs/gkd/chasedb1/teacher; "-<hash>" is added
         nproc:int=1,               # processes (DDP by torchrun) on this machine
@@ -184,7 +184,7 @@ def fit(recipe:Recipe,
     splits = load_splits(recipe.data)
     if nproc > 1: check_recipe_portable(recipe, splits, nproc)
     precision = resolve_precision(recipe.precision, "cuda" if torch.cuda.is_available() else "cpu")
-    decided = decided_by(recipe, splits, make_teacher(recipe.teacher), precision)
+    decided = decided_by(recipe, splits, recipe.teacher, precision)
     folder, make = Path(f"{run_dir}-{hash8(decided)}"), recipe.trainer or Trainer
     options = workers, save_every, trackers
     if not (folder/"report.json").exists() or check_stale(recipe, folder, stale):

@@ -115,20 +115,20 @@ def agent(args:argparse.Namespace) -> None:
               "--allow", ",".join(args.allow), "--workers", str(args.workers),
               "--save-every", str(args.save_every), "--trackers", ",".join(args.trackers)])
 
-# %% ../../nbs/trainers/06_launch.ipynb #2e89a9d0
+# %% ../../nbs/trainers/06_launch.ipynb #b894cfab
 def worker(args:argparse.Namespace) -> None:
     "One process of a run, here or on several nodes; its recipe is read from params.json."
     import torch
 
     from medkd.files import read_json
-    from medkd.trainers.recipe import Recipe, decided_by, hash8, make_teacher, resolve_precision
+    from medkd.trainers.recipe import Recipe, decided_by, hash8, resolve_precision
     from medkd.trainers.run import TRUSTED, restore_items
     from medkd.trainers.trainer import Trainer
     watch_parent()
     params, allow = read_json(args.folder/"params.json"), (*TRUSTED, *args.allow)
     recipe = Recipe(**restore_items(params["recipe"], args.folder, allow))
     precision = resolve_precision(recipe.precision, "cuda" if torch.cuda.is_available() else "cpu")
-    decided = hash8(decided_by(recipe, recipe.data, make_teacher(recipe.teacher), precision))
+    decided = hash8(decided_by(recipe, recipe.data, recipe.teacher, precision))
     if decided != params["hash"]:
         raise ValueError(f"data, teacher or precision differ here: this is run {decided}, the "
                          f"folder is {params['hash']}")

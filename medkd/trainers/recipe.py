@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'Weight', 'constant', 'poly', 'cosine', 'piecewise', 'resolve_precision', 'Recipe', 'check_recipe',
-           'check_weights', 'make_teacher', 'decided_by', 'hash8']
+           'check_weights', 'make_teacher', 'teacher_identity', 'decided_by', 'hash8']
 
 # %% ../../nbs/trainers/01_recipe.ipynb #b68a4d62
 import hashlib
@@ -132,14 +132,21 @@ def make_teacher(value # Run, trained network, callable that loads weights itsel
                          "network, or partial(load_network, network, weights)")
     with isolated_rng(): return network_maker(value)()
 
-# %% ../../nbs/trainers/01_recipe.ipynb #161396e1
+# %% ../../nbs/trainers/01_recipe.ipynb #433e53da
+def teacher_identity(value # as of `make_teacher`
+                     ) -> dict|None: # network, sha256
+    "Class and weights of a teacher. A run's are read once, as long as its file stays as it is."
+    if isinstance(value, Run): return {"network": value.kind, "sha256": value.sha256}
+    teacher = make_teacher(value)
+    return teacher and {"network": type(teacher).__name__, "sha256": weights_sha256(teacher)}
+
 def decided_by(recipe:Recipe, splits, # Recipe.data, loaded
-               teacher:nn.Module|None, precision:str) -> dict:
+               teacher, precision:str) -> dict: # teacher: as Recipe.teacher
     "What decides the result, as data that is equal on every machine."
     plain = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    teach = teacher and {"network": type(teacher).__name__, "sha256": weights_sha256(teacher)}
     return describe_items(plain | dict(data=None, teacher=None)) | dict(
-        data={"name": splits.name, "sha256": splits.sha256}, teacher=teach, precision=precision)
+        data={"name": splits.name, "sha256": splits.sha256}, teacher=teacher_identity(teacher),
+        precision=precision)
 
 def hash8(decided:dict) -> str:
     "Eight hexadecimal digits of the sha256 of `decided`."

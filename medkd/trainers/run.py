@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['SCALARS', 'KINDS', 'TRUSTED', 'dotted', 'importable', 'look_up', 'describe', 'describe_items', 'describe_call',
-           'describe_local', 'describe_splits', 'source_sha256', 'restore', 'restore_items', 'trusted', 'save_weights',
-           'read_weights', 'load_network', 'Run', 'network_maker', 'sources']
+           'describe_local', 'describe_splits', 'source_sha256', 'known_source', 'restore', 'restore_items', 'trusted',
+           'save_weights', 'read_weights', 'stored_sha256', 'load_network', 'Run', 'network_maker', 'sources']
 
-# %% ../../nbs/trainers/00_run.ipynb #ccfaaf1a
+# %% ../../nbs/trainers/00_run.ipynb #4417fdf6
 import copy
 import hashlib
 import importlib
@@ -13,7 +13,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import MethodType
 
@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from ..core import weights_sha256
-from ..files import Damaged, read_json, read_jsonl, write_atomic
+from ..core import isolated_rng, weights_sha256
+from ..files import Damaged, file_state, read_json, read_jsonl, write_atomic
 
 # %% ../../nbs/trainers/00_run.ipynb #626102e0
 def dotted(call:Callable) -> str:
@@ -101,12 +101,21 @@ def describe_splits(splits, base:Path|None) -> dict:
     described = {"data": splits.name, "sha256": splits.sha256}
     return described | ({"origin": describe(splits.origin, base)} if base and splits.origin else {})
 
-# %% ../../nbs/trainers/00_run.ipynb #50cf49a5
+# %% ../../nbs/trainers/00_run.ipynb #66d8f067
 def source_sha256(call:Callable) -> str:
-    "sha256 of a callable's source text; of its name where there is no source (built in)."
-    try: text = inspect.getsource(call)
+    """sha256 of a callable's source text as its file stands; of its name where there is no source
+    (built in). A file that stays as it is is read once."""
+    call = getattr(call, "__func__", call)
+    try:
+        state = file_state(inspect.getfile(call)) # none: a cell of a notebook
+        text = known_source(call, *state) if state else inspect.getsource(call)
     except (OSError, TypeError): text = dotted(call)
     return hashlib.sha256(text.encode()).hexdigest()
+
+@lru_cache(maxsize=1024)
+def known_source(call:Callable, *state:int) -> str:
+    "Source text of a callable whose file has this state."
+    return inspect.getsource(call)
 
 # %% ../../nbs/trainers/00_run.ipynb #a415f785
 TRUSTED = ("medkd.models", "medkd.losses", "medkd.trainers.run:load_network", "torch.nn",
@@ -156,7 +165,7 @@ def save_weights(path:str|Path, net:nn.Module|Mapping[str, torch.Tensor], **abou
     write_atomic(path, save(state, metadata={"medkd": about})) # one key: their order is not fixed
     return digest
 
-# %% ../../nbs/trainers/00_run.ipynb #b289e67e
+# %% ../../nbs/trainers/00_run.ipynb #72432068
 def read_weights(path:str|Path) -> dict[str, torch.Tensor]:
     """Tensors of a safetensors file; missing: FileNotFoundError, cut or changed: `Damaged`, both
     naming the file. Runs no code."""
@@ -171,6 +180,11 @@ def read_weights(path:str|Path) -> dict[str, torch.Tensor]:
     if expected and weights_sha256(state) != expected:
         raise Damaged(f"{path} is damaged: its checksum does not match; {wayout}")
     return state
+
+@lru_cache(maxsize=1024)
+def stored_sha256(path:Path, *state:int) -> str:
+    "sha256 of the weights in a file of this state."
+    return weights_sha256(read_weights(path))
 
 # %% ../../nbs/trainers/00_run.ipynb #7f616c6b
 def load_network(network:Callable[[], nn.Module]|nn.Module, # makes the network
@@ -191,7 +205,7 @@ def load_network(network:Callable[[], nn.Module]|nn.Module, # makes the network
 
 load_network.loads_weights = True
 
-# %% ../../nbs/trainers/00_run.ipynb #e1302cfb
+# %% ../../nbs/trainers/00_run.ipynb #cec9ddeb
 class Run:
     """A run folder as a value: a starting point, a teacher, an argument of a term.
 
@@ -202,6 +216,7 @@ class Run:
                  network:Callable[[], nn.Module]|None=None, # default: read from params.json
                  allow:tuple[str, ...]=TRUSTED):            # packages that params.json may name
         self.path, self._network, self.allow = Path(path), network, allow
+        self._kind = None
         if not (self.path/"params.json").is_file():
             raise FileNotFoundError(f"no run at {self.path}")
 
@@ -227,7 +242,17 @@ class Run:
     def env(self) -> dict: return read_json(self.path/"env.json")
 
     @property
-    def sha256(self) -> str: return weights_sha256(read_weights(self.path/"best.safetensors"))
+    def sha256(self) -> str:
+        "Of the weights, computed once for a file that stays as it is."
+        path = self.path/"best.safetensors"
+        return stored_sha256(path.resolve(), *file_state(path))
+
+    @property
+    def kind(self) -> str:
+        "Class of its network, which is made once to see that the weights fit."
+        if self._kind is None:
+            with isolated_rng(): self._kind = type(self.network()).__name__
+        return self._kind
 
 # %% ../../nbs/trainers/00_run.ipynb #a167116b
 @patch
