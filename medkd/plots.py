@@ -7,7 +7,7 @@ __all__ = ['COSTS', 'method_colours', 'run_rows', 'series', 'smooth', 'wide_rang
            'show_curves', 'shares', 'draw_share', 'show_share', 'show_shares', 'show_schedule', 'draw_strip',
            'show_scores', 'spread', 'distinct', 'draw_cost', 'show_cost', 'project', 'show_vectors', 'show_lines']
 
-# %% ../nbs/06_plots.ipynb #1e41a563
+# %% ../nbs/06_plots.ipynb #0aaeb46d
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 
@@ -262,14 +262,14 @@ def show_cost(rows,              # per method: method, the score, any of COSTS
         ax.label_outer()
     return figure
 
-# %% ../nbs/06_plots.ipynb #37ccebc6
+# %% ../nbs/06_plots.ipynb #5fbd8ea1
 def project(vectors, # (n,D)
             seed:int=0) -> np.ndarray: # (n,2)
-    "t-SNE with perplexity 30 (a quarter of n when that is less), started from the principal components."
+    "t-SNE with perplexity 30 (a quarter of n when that is less), started from the principal components, with another seed than 0 at random."
     from sklearn.manifold import TSNE
     vectors = np.asarray(vectors, np.float32)
     if len(vectors) < 8: raise ValueError(f"{len(vectors)} vectors are too few for a t-SNE; give at least 8")
-    return TSNE(perplexity=min(30, len(vectors) // 4), init="pca", random_state=seed).fit_transform(vectors)
+    return TSNE(perplexity=min(30, len(vectors) // 4), init="random" if seed else "pca", random_state=seed).fit_transform(vectors)
 
 # %% ../nbs/06_plots.ipynb #4d50a040
 @styled()

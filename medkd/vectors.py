@@ -28,7 +28,7 @@ def components(vectors:np.ndarray # (n,D)
     axes = axes[:2] * np.sign(axes[:2][[0, 1], np.abs(axes[:2]).argmax(1)])[:, None]
     return centred @ axes.T
 
-# %% ../nbs/08_vectors.ipynb #ab83eb75
+# %% ../nbs/08_vectors.ipynb #b7f3a0f4
 def thumbnail(image, side:int=96) -> str: # image (C,H,W), or (C,*S): its middle slice
     "An image as text for a page."
     if image.ndim == 4: image = image[..., image.shape[-1] // 2]
@@ -49,9 +49,10 @@ def svg_points(places:np.ndarray, # (n,2)
         shown = f'<image href="{picture}" x="480" y="40" width="190" height="190"/>' if picture else ""
         return (f'<g class="medkd-point" tabindex="0" role="img" aria-label="{escape(label)}, {escape(names[group])}"><circle cx="{spot[0]:.1f}" cy="{spot[1]:.1f}" r="4.5" fill="{PALETTE[group % len(PALETTE)]}"/>'
                 f'<g class="medkd-more">{shown}<text x="480" y="252">{escape(label)}</text><text x="480" y="270">{escape(names[group])}</text></g></g>')
-    legend = "".join(f'<circle cx="{26 + 130 * (k % 5)}" cy="{412 + 18 * (k // 5)}" r="5" fill="{PALETTE[k % len(PALETTE)]}"/><text x="{36 + 130 * (k % 5)}" y="{416 + 18 * (k // 5)}">{escape(name)}</text>' for k, name in enumerate(names))
-    return (f'<svg viewBox="0 0 690 {440 + 18 * ((len(names) - 1) // 5)}" width="690" role="group" aria-label="{escape(title)}" style="max-width:100%;font:12px sans-serif" fill="currentColor">{style}<text x="20" y="16" font-weight="bold">{escape(title)}</text>'
-            f'{"".join(map(point, spots, groups, labels, pictures))}{legend}</svg>')
+    legend = "".join(f'<circle cx="{26 + 130 * (k % 5)}" cy="{426 + 18 * (k // 5)}" r="5" fill="{PALETTE[k % len(PALETTE)]}"/><text x="{36 + 130 * (k % 5)}" y="{430 + 18 * (k // 5)}">{escape(name)}</text>' for k, name in enumerate(names))
+    axes = "".join(f'<text transform="{where}" text-anchor="middle">{name} coordinate, no unit</text>' for name, where in (("first", "translate(230 403)"), ("second", "translate(9 205) rotate(-90)")))
+    return (f'<svg viewBox="0 0 690 {454 + 18 * ((len(names) - 1) // 5)}" width="690" role="group" aria-label="{escape(title)}" style="max-width:100%;font:12px sans-serif" fill="currentColor">{style}<text x="20" y="16" font-weight="bold">{escape(title)}</text>'
+            f'{axes}{"".join(map(point, spots, groups, labels, pictures))}{legend}</svg>')
 
 # %% ../nbs/08_vectors.ipynb #74896346
 class VectorPanel(Panel):
