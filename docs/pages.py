@@ -41,7 +41,7 @@ def executed(path, kept, **parameters):
             if SKIPPED.match(cell.source): cell.metadata["tags"] = [*cell.metadata.get("tags", []), "skip-execution"]
         notebook.cells.insert(0, nbformat.v4.new_code_cell("#| hide\n%matplotlib inline"))
         folder = path.parent if not parameters else ROOT
-        NotebookClient(notebook, timeout=900, kernel_name="python3", resources=dict(metadata=dict(path=str(folder)))).execute()
+        NotebookClient(notebook, timeout=900, kernel_name="python3", extra_arguments=["--IPKernelApp.log_level=40"], resources=dict(metadata=dict(path=str(folder)))).execute()
         kept.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, stored.with_suffix(".tmp"))
         stored.with_suffix(".tmp").rename(stored)

@@ -79,7 +79,7 @@ class RunLog:
         if not len(self.epochs) or not self.epochs[-1]: return None
         return max(1, round((recipe.get("epochs") or 100) * (self.step - 1) / self.epochs[-1]))
 
-# %% ../nbs/08_live.ipynb #1db401c4
+# %% ../nbs/08_live.ipynb #180523fc
 def thinned(x:np.ndarray, y:np.ndarray, # (n,)
             most:int=200) -> tuple[np.ndarray, np.ndarray]:
     "Means over `most` equal parts, of more values than that."
@@ -107,7 +107,8 @@ def svg_chart(lines:Mapping[str, tuple[np.ndarray, np.ndarray]], # name -> place
     every_x, every_y = (np.concatenate([line[k] for line in kept] or [np.zeros(1)]) for k in (0, 1))
     if not every_x.size: every_x = every_y = np.zeros(1)
     left, right = float(every_x.min()), float(max(every_x.max(), every_x.min() + 1e-9))
-    low, high = (0., 1.) if filled else (float(every_y.min()), float(max(every_y.max(), every_y.min() + 1e-9)))
+    low, high = (0., 1.) if filled else (float(every_y.min()), float(every_y.max()))
+    if high - low < 1e-6 * abs(high) + 1e-12: low, high = low - (.05 * abs(low) or 1), high + (.05 * abs(high) or 1) # constant: in the middle
     across, up = (lambda v: 52 + 252 * (v - left) / (right - left)), (lambda v: 158 - 130 * (v - low) / (high - low))
     marks = [f'<text x="48" y="{up(v) + 3:.0f}" text-anchor="end">{10**v if log else v:.3g}</text><path d="M52 {up(v):.1f}H304" opacity=".15"/>' for v in ticks(low, high)]
     marks += [f'<text x="{across(v):.0f}" y="171" text-anchor="middle">{v:.3g}</text>' for v in ticks(left, right)]
@@ -117,6 +118,7 @@ def svg_chart(lines:Mapping[str, tuple[np.ndarray, np.ndarray]], # name -> place
             floor = np.zeros_like(y) if base is None else base
             drawn.append(f'<polygon points="{points(across(np.r_[x, x[::-1]]), up(np.r_[y, floor[::-1]]))}" fill="{colour}" stroke="none" opacity=".8"/>')
             base = y
+        elif len(x) == 1: drawn.append(f'<circle cx="{across(x[0]):.1f}" cy="{up(y[0]):.1f}" r="2.5" fill="{colour}"/>')
         else: drawn.append(f'<polyline points="{points(across(x), up(y))}" fill="none" stroke="{colour}" stroke-width="1.7"/>')
     width, names = 304 / max(1, len(lines)), escape(", ".join(lines))
     legend = "".join(f'<rect x="{8 + k * width:.0f}" y="191" width="9" height="9" fill="{c}" stroke="none"/><text x="{20 + k * width:.0f}" y="199">{escape(name)}</text>'
@@ -173,7 +175,7 @@ def run_state(log:RunLog, now:float) -> str:
     quiet = now - log.moments[-1][0] if log.moments else 0
     return steps + speed + (f"; no news for {time_text(quiet)}: it waits, validates, or has ended" if quiet > 30 else "")
 
-# %% ../nbs/08_live.ipynb #66d72937
+# %% ../nbs/08_live.ipynb #68836e71
 class LivePanel(Panel):
     """Controls `run`, `stop`, `again`; `state`, a line of text, and `charts`. `follow` starts when it is shown, `close` ends it."""
     def __init__(self, folder:Path, nproc:int, title:str, note:str):
@@ -248,7 +250,7 @@ class LivePanel(Panel):
         axes = figure.subplots(rows, 3, squeeze=False)
         for ax in axes.flat[len(panels):]: ax.set_visible(False)
         for ax, (title, ylabel, lines) in zip(axes.flat, panels):
-            for name, (x, y) in lines.items(): ax.plot(x, y, color=colours.get(name, "#009E73"))
+            for name, (x, y) in lines.items(): ax.plot(x, y, color=colours.get(name, "#009E73"), marker="o" if len(x) == 1 else "")
             if "loss:" in title and wide_range([y[~np.isnan(y)] for _, y in lines.values()]): ax.set_yscale("log")
             ax.set(title=title, xlabel="epoch", ylabel=ylabel)
         figure.legend(handles=[axes[0, 0].plot([], [], color=c, label=n)[0] for n, c in colours.items()], loc="outside lower center", ncols=6)

@@ -17,14 +17,15 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 HOMES = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR",
          "MPLCONFIGDIR", "MEDKD_CACHE", "HOME")
-# what a cell shows: its pictures and its lines of text, the numbers beside sliders left out
+# what a cell shows: its pictures; its lines of text, what is unfolded or pops up; the numbers beside sliders left out
 STATE = """async cell => {
     const bytes = async image => [...new Uint8Array(await crypto.subtle.digest('SHA-1', await (await fetch(image.src)).arrayBuffer()))].join();
     const seen = image => image.src && image.getBoundingClientRect().width > 0;
     const pictures = await Promise.all([...cell.querySelectorAll('.jp-Cell-outputWrapper img')].filter(seen).map(bytes));
     const drawn = [...cell.querySelectorAll('.jp-Cell-outputWrapper .widget-html svg')].map(svg => svg.innerHTML);
     const text = [...cell.querySelectorAll('.jp-Cell-outputWrapper :is(pre, table, .widget-label, .widget-html)')].map(part => part.textContent);
-    return {pictures: [...pictures, ...drawn].join(';'), text: text.join(';')};
+    const open = [...cell.querySelectorAll('details')].map(part => part.open), more = [...cell.querySelectorAll('.medkd-more')].map(part => getComputedStyle(part).visibility);
+    return {pictures: [...pictures, ...drawn].join(';'), text: [...text, ...open, ...more].join(';')};
 }"""
 
 
@@ -105,6 +106,8 @@ class Notebook:
     def outputs(self):
         return self.do("return [...w.content.widgets].map(c => c.model.type == 'code' ? c.model.outputs.toJSON() : []);")
 
+    def sources(self): return self.do("return [...w.content.widgets].map(c => c.model.sharedModel.source);")
+
     def errors(self):
         "Of cells and of what controls call, which JupyterLab shows nowhere."
         return self.page.evaluate("window.kernelErrors")
@@ -124,7 +127,7 @@ class Notebook:
 def state(cell): return cell.evaluate(STATE)
 
 
-def changed(cell, before, seconds=60):
+def changed(cell, before, seconds=30):
     "What the cell shows once that differs from `before` and stays; None when it does not."
     end, last = time.time() + seconds, before
     while time.time() < end:
