@@ -11,7 +11,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
-SKIPPED = re.compile(r"#\| *(eval: *false|notest|slow)")
+SKIPPED = re.compile(r"^#\| *(eval: *false|notest|slow)", re.M)
 FIRST = re.compile(r"^\s*(?:[#>]+ *)?(.+?[.:!?](?=\s|$)|.+$)", re.M)
 
 
@@ -38,7 +38,7 @@ def executed(path, kept, **parameters):
     if not stored.exists():
         notebook = nbformat.read(path, 4) if not parameters else parameterize_notebook(load_notebook_node(str(path)), parameters)
         for cell in notebook.cells:
-            if SKIPPED.match(cell.source): cell.metadata["tags"] = [*cell.metadata.get("tags", []), "skip-execution"]
+            if SKIPPED.search(cell.source): cell.metadata["tags"] = [*cell.metadata.get("tags", []), "skip-execution"]
         notebook.cells.insert(0, nbformat.v4.new_code_cell("#| hide\n%matplotlib inline"))
         folder = path.parent if not parameters else ROOT
         NotebookClient(notebook, timeout=900, kernel_name="python3", extra_arguments=["--IPKernelApp.log_level=40"], resources=dict(metadata=dict(path=str(folder)))).execute()

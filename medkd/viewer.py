@@ -6,13 +6,13 @@
 __all__ = ['WINDOWS', 'class_scores', 'usual_window', 'in_hounsfield', 'greys', 'shown_size', 'nearest', 'borders', 'mixed',
            'rgb', 'CasePicture', 'beside', 'draw_tiles', 'SliceViewer', 'slice_viewer']
 
-# %% ../nbs/08_viewer.ipynb #3b257049
+# %% ../nbs/08_viewer.ipynb #c0c0258a
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from .controls import Panel, choice, image_bytes, slider
+from .controls import Panel, choice, html_legend, image_bytes, slider
 from .core import unknown
 from .metrics import dice, dice_masks
 from .paint import ERRORS, as_array, as_labels, class_colours, error_codes
@@ -168,10 +168,10 @@ def draw_tiles(rows:Sequence[Sequence[np.ndarray]], # of (h,w,3)
     ax.spines[:].set_visible(False)
     return figure
 
-# %% ../nbs/08_viewer.ipynb #5918db23
+# %% ../nbs/08_viewer.ipynb #1fd30e61
 class SliceViewer(Panel):
     """Controls `case`, `method`, `shown` (which class), `slices` (plane -> slider), `level`, `width`, `opacity`, for CT in Hounsfield
-    units `window`, for several channels `channel`; `scores`, a line of text."""
+    units `window`, for several channels `channel`; `scores`, a line of text; `legend`, what is where in the live picture."""
     live_format = "jpeg"
 
     def __init__(self, items:Mapping[str, Mapping], predictions:Mapping[str, Mapping], classes:Sequence[str], title:str, note:str):
@@ -186,11 +186,11 @@ class SliceViewer(Panel):
         self.opacity = slider("opacity", .6, 0., 1., .05)
         self.level, self.width = slider("level", .5, 0., 1.), slider("width", 1., 0., 1.)
         self.window, self.channel = choice("window", ["image", *WINDOWS]), choice("channel", range(channels))
-        self.scores = widgets.Label()
+        self.scores, self.legend = widgets.Label(), widgets.HTML()
         grey = [] if flat and channels == 3 else [self.level, self.width]
         hounsfield = [self.window] * bool(grey and in_hounsfield(as_array(first["image"])))
         self.place([self.case, *[self.method] * bool(predictions), self.shown], [*self.slices.values()],
-                   [*hounsfield, *[self.channel] * bool(grey and channels > 1), *grey, self.opacity], [self.scores])
+                   [*hounsfield, *[self.channel] * bool(grey and channels > 1), *grey, self.opacity], [self.scores], [self.legend])
         self.take(None)
         self.watch(self.take, self.case)
         self.watch(self.choose, self.method)
@@ -238,7 +238,15 @@ class SliceViewer(Panel):
         where = ", ".join(f"{name} {control.value}" for name, control in self.slices.items())
         columns = [*self.tiles().values()]
         rows = [sum(columns, [])] if not self.slices else list(zip(*columns))
+        first, second = ("left", "right") if not self.slices else ("above", "below")
+        self.legend.value = html_legend(f"{first}: image{', truth' * bool(self.predictions)}; {second}: {self.method.value}{f'; planes: {where}' * bool(where)}", self.shades())
         self.show_live(image_bytes(beside(rows)), f"{self.case.value}, {self.method.value}, class {self.shown.label}, {where}")
+
+    def shades(self) -> dict[str, str]: # name -> colour
+        "Of the errors of a single class, else of the classes."
+        if self.predictions and (len(self.names) == 2 or self.shown.value): return ERRORS
+        colours = class_colours(self.names)
+        return {self.shown.label: colours[self.shown.label]} if self.shown.value else colours
 
     @styled()
     def draw(self):
@@ -247,8 +255,7 @@ class SliceViewer(Panel):
         rows = [sum(tiles.values(), [])] if not self.slices else list(zip(*tiles.values()))
         heads = texts if not self.slices else [f"{name} {control.value}" for name, control in self.slices.items()]
         figure = draw_tiles(rows, heads, texts if self.slices else [""], f"{self.title}: {self.case.value}", self.note)
-        errors = self.predictions and (len(self.names) == 2 or self.shown.value)
-        colour_legend(figure, ERRORS if errors else class_colours(self.names))
+        colour_legend(figure, self.shades())
         return figure
 
 # %% ../nbs/08_viewer.ipynb #0b767d2e

@@ -16,7 +16,7 @@ PANELS = {"start": [("show_batch(", {"dropdown", "slider"}), ("explore_data(", {
                     ("show_results(", {"dropdown", "slider"}), ("compare_panel(", {"dropdown", "list"}), ("tap_explorer(", {"dropdown", "slider", "tree"}),
                     ("vector_panel(", {"dropdown", "slider", "point"}), ("explore_data(", {"dropdown", "list", "slider"}), ("show_results(", {"dropdown", "slider"})],
           "gkd": [("threshold_panel(", {"dropdown", "slider"})]}
-KINDS = dict(slider=".noUi-handle", dropdown=".widget-dropdown select", list=":is(.widget-select, .widget-select-multiple) select",
+KINDS = dict(slider=".noUi-handle", list=":is(.widget-select, .widget-select-multiple) select", dropdown=".widget-dropdown select", # which fill the lists
              checkbox="input[type=checkbox]", tree="details > summary", point=".medkd-point circle")
 FEW = dict(tree=2, point=1) # of so many
 WIDGET = "application/vnd.jupyter.widget-view+json"
