@@ -22,7 +22,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2 --skip_file_glob start.ipynb
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q tests
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q tests
 
 # a sample of the faults: kills, damaged files, processes that die
 test-faults: .venv/installed

@@ -5,7 +5,7 @@ __all__ = ['injected', 'fits', 'check_parameters', 'type_name', 'numbers', 'choo
            'prediction_folder', 'predict_all', 'stored_scores', 'stored_predictions', 'volume_predictions',
            'shown_case', 'mean_score', 'verdict', 'trained_term', 'adopt', 'keep', 'write_results']
 
-# %% ../nbs/10_papers.ipynb #516ee204
+# %% ../nbs/10_papers.ipynb #295284a3
 import ast
 import shutil
 import types
@@ -227,14 +227,19 @@ def adopt(network:Callable,     # importable; makes the network
     else: staged.rename(folder)
     return Run(folder, network)
 
-# %% ../nbs/10_papers.ipynb #b2fcba04
+# %% ../nbs/10_papers.ipynb #91e84443
 def keep(figure, path:str|Path # folder/figures/name
          ):
     "The figure drawn once: stored as path.png, and that picture to display, with its text; without controls."
+    import PIL.Image
     from IPython.display import Image
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     path = Path(path).with_suffix(".png")
     make_folder(path.parent)
-    figure.savefig(path, dpi=110)
+    figure.set_dpi(110)
+    canvas = FigureCanvasAgg(figure) # `savefig` would draw twice: once for the layout
+    canvas.draw()
+    PIL.Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).save(path, dpi=(110, 110))
     return Image(path.read_bytes(), alt=figure_text(figure))
 
 # %% ../nbs/10_papers.ipynb #a183ed1b

@@ -13,6 +13,11 @@ sys.path.insert(0, str(HERE))
 pytest_plugins = ["notebooks"]  # its fixtures are everyone's
 
 
+def pytest_collection_modifyitems(items):
+    "The files that run whole paper notebooks come first, so that no process is left with one at the end."
+    items.sort(key=lambda item: not item.path.name.startswith(("test_paper", "test_compare")))
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
     "What one test told accelerate is not left to the next."
