@@ -85,7 +85,7 @@ def draw_case(ax, item:Mapping, colours:Mapping[str, str], title:str, index:int|
     ax.grid(False)
     ax.spines[:].set_visible(False)
 
-# %% ../nbs/08_explore.ipynb #fe9c4baa
+# %% ../nbs/08_explore.ipynb #55876675
 def score_texts(rows # long form, see medkd.tables
                 ) -> dict[str, dict[str, float]]: # case -> method -> mean over its classes, of the first metric
     "What stands beside each case."
@@ -95,7 +95,7 @@ def score_texts(rows # long form, see medkd.tables
     return found
 
 class DataExplorer(Panel):
-    "Controls `part`, `order`, `case`, `slice` (of volumes), `samples`, `seed`. Only the case that is shown is read."
+    "Controls `part`, `order`, `case`, `slice` (of volumes), of what is trained on `samples` and `seed`. Only the case that is shown is read."
     def __init__(self, parts:Mapping[str, Sequence], classes:Sequence[str], scores:Mapping[str, Mapping[str, float]], seed:int|None, title:str, note:str):
         import ipywidgets as widgets
         self.parts, self.scores, self.title, self.note = parts, scores, title, note
@@ -123,6 +123,7 @@ class DataExplorer(Panel):
         places = list(range(len(names)))
         if self.order.index: places.sort(key=lambda k: self.scores.get(names[k], {}).get(method, np.inf))
         def text(name): return "  ".join([name, *(f"{m} {value:.3f}" for m, value in self.scores.get(name, {}).items())])
+        for control in (self.samples, self.seed): control.disabled = self.part.value in ("val", "test") # never augmented
         self.held = True
         self.case.options = [(text(names[k]), k) for k in places]
         self.case.value = places[0]
@@ -152,7 +153,7 @@ class DataExplorer(Panel):
     def draw(self):
         "The case, the size of its classes, its greys, four samples of it."
         item, colours = self.item, class_colours(("background",) * (self.item["label"].ndim == self.item["image"].ndim) + tuple(self.classes))
-        rows = 1 + self.samples.value
+        rows = 1 + (self.samples.value and not self.samples.disabled)
         figure = make_figure(10.5, .4 + 2.9 * rows, f"{self.title}, {self.part.value}: {item['case']}", self.note)
         above, *below = figure.subfigures(rows, 1, squeeze=False)[:, 0]
         case, sizes, greys = above.subplots(1, 3)

@@ -127,12 +127,12 @@ class Notebook:
 def state(cell): return cell.evaluate(STATE)
 
 
-def changed(cell, before, seconds=30):
-    "What the cell shows once that differs from `before` and stays; None when it does not."
+def changed(cell, before, seconds=60):
+    "What the cell shows once that differs from `before` and stays while the kernel has nothing left to do; None when it does not."
     end, last = time.time() + seconds, before
     while time.time() < end:
         time.sleep(.25)
-        now = state(cell)
-        if now != before and now == last: return now
-        last = now
+        idle, now = cell.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status") == "idle", state(cell)
+        if now != before and now == last and idle: return now
+        last = now if idle else None
     return None

@@ -16,8 +16,9 @@ PANELS = {"start": [("show_batch(", {"dropdown", "slider"}), ("explore_data(", {
                     ("show_results(", {"dropdown", "slider"}), ("compare_panel(", {"dropdown", "list"}), ("tap_explorer(", {"dropdown", "slider", "tree"}),
                     ("vector_panel(", {"dropdown", "slider", "point"}), ("explore_data(", {"dropdown", "list", "slider"}), ("show_results(", {"dropdown", "slider"})],
           "gkd": [("threshold_panel(", {"dropdown", "slider"})]}
-KINDS = dict(slider=".noUi-handle", list=":is(.widget-select, .widget-select-multiple) select", dropdown=".widget-dropdown select", # which fill the lists
-             checkbox="input[type=checkbox]", tree="details > summary", point=".medkd-point circle")
+# dropdowns after what they fill or switch off
+KINDS = dict(slider=".noUi-handle", list=":is(.widget-select, .widget-select-multiple) select", checkbox="input[type=checkbox]", tree="details > summary",
+             point=".medkd-point circle", dropdown=".widget-dropdown select")
 FEW = dict(tree=2, point=1) # of so many
 WIDGET = "application/vnd.jupyter.widget-view+json"
 STOPPED = """import threading, time
@@ -96,7 +97,7 @@ def test_notebook(name, served, page):
         cell.screenshot(path=SHOTS/f"{name}_{number}_moved.png")
         where = f"{number}, {call}...)"
         faults += [f"{where}: {kind} {k} changes nothing" for kind, k, change in found if change is None]
-        faults += [f"{where}: no {kind} could be moved" for kind in kinds - {kind for kind, *_ in found}]
+        faults += [f"{where}: there is no {kind} to move" for kind in kinds - {kind for kind, *_ in found}]
         if not any(change == "picture" for *_, change in found): faults.append(f"{where}: no picture changed")
         for kind, _, change in found: followed.setdefault(kind, set()).add(change)
     faults += [f"no picture followed any {kind}" for kind, changes in followed.items() if kind not in FEW and "picture" not in changes]
