@@ -92,7 +92,7 @@ class Site:
 
     def folder(self, folder, name):
         "Its page of contents and its part of the navigation."
-        listed = [path for path, page in self.sources.items() if page.parent == folder and page.name != "index.ipynb"]
+        listed = [path for path, page in self.sources.items() if page.parent == folder and page.name not in ("index.ipynb", "start.ipynb")]
         module = {path: name for name, path in self.modules.items()}
         rows = [f"| [{self.titles[path][0]}]({path.name}) | {self.rewrite(self.titles[path][1], folder/'index.md', path.parent)} | "
                 + (f"[`{module[path]}`]({'../' * len(folder.parts)}{self.api_page(module[path])})" if path in module else "") + " |" for path in listed]
@@ -129,7 +129,7 @@ class Site:
         "Everything but the notebooks, staged; the navigation."
         library = [self.folder(Path("nbs", part), name) if part else self.folder(Path("nbs"), "Library") for part, name in PARTS.items()]
         core, *parts = library
-        nav = [{"Start": "index.ipynb"}, {"Papers": self.folder(Path("papers"), "Papers")}, {"Results": self.results()},
+        nav = [{"Start": ["index.ipynb", "nbs/start.ipynb"]}, {"Papers": self.folder(Path("papers"), "Papers")}, {"Results": self.results()},
                {"Library": [core[0], {"Core": core[1:]}, *({name: part} for name, part in zip([*PARTS.values()][1:], parts))]}, {"API": self.api()}]
         others = [{name: self.write(Path(file.lower()), self.rewrite((ROOT/file).read_text(), Path(file.lower()), ROOT))} for file, name in FILES.items() if (ROOT/file).exists()]
         return nav + others
