@@ -4,8 +4,9 @@
 __all__ = ['parse_budget', 'Plan', 'Grid', 'best_score', 'Rehearsal', 'Stopwatch', 'measure', 'measured_once', 'kind_key',
            'device_name', 'estimate', 'duration', 'taken', 'Timed', 'scored_once', 'text_sha256', 'held_scores']
 
-# %% ../nbs/12_grid.ipynb #588d1218
+# %% ../nbs/12_grid.ipynb #bc155225
 import hashlib
+import importlib
 import json
 import math
 import statistics
@@ -147,12 +148,13 @@ class Stopwatch:
         self.trainer.validate()
         return time.perf_counter() - start
 
-# %% ../nbs/12_grid.ipynb #ed7f5cf3
+# %% ../nbs/12_grid.ipynb #d38a6ad4
 def measure(kinds:Mapping[str, Recipe], # role -> recipe, "student" among them
             steps:int=3                 # timed ones of each, after one that is not
             ) -> dict[str, dict]:       # role -> step, slow, case, start
     """Median seconds of a step, how many times that of the student alone (the steps are taken in turn), seconds of a validation case and, the median of
     all kinds, of the way to the first step."""
+    importlib.import_module("monai.inferers") # before anything is timed
     with tempfile.TemporaryDirectory() as folder, isolated_rng():
         watches, began = {}, {}
         for role, recipe in kinds.items():
