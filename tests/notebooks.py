@@ -84,8 +84,8 @@ def cache(shared, monkeypatch):
 
 
 FUNDI, LIVERS = ("chasedb1", "stare", "drive"), ("chaos", "lits")
-TWINS = dict(chasedb1=(("Image_01L", "Image_01R", "Image_02L", "Image_10L", "Image_11L", "Image_12L", "Image_13L"), (128, 150)),
-             stare=(("im0001", "im0002", "im0003"), (128, 150)), drive=(("01_test", "02_test", "03_test"), (150, 128)),
+TWINS = dict(chasedb1=(("Image_01L", "Image_01R", "Image_02L", "Image_10L", "Image_11L", "Image_12L", "Image_13L"), (72, 100)),
+             stare=(("im0001", "im0002", "im0003"), (64, 90)), drive=(("01_test", "02_test", "03_test"), (90, 72)),
              chaos=(("1", "2", "5", "6", "8", "10", "14", "16"), (4, 64, 72)), lits=(("0", "1"), (4, 72, 64)))
 
 

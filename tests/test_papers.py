@@ -178,7 +178,7 @@ from medkd.papers import stored_scores
 from medkd.tables import compare_table, score_table
 from medkd.trainers import Run
 folder, root, note, *roles = sys.argv[1:]
-tests = {splits.name: splits for splits in (load(f"phantom:{name}", root) for name in ("chasedb1", "stare", "drive"))}
+tests = {splits.name: splits for splits in (load(f"phantom:{name}", root, patch=64) for name in ("chasedb1", "stare", "drive"))}
 rows = stored_scores({role: Run(next(Path(folder).glob(f"{role.replace(' ', '_')}-????????"))) for role in roles}, tests)
 continued = [row for row in rows if row["method"] == "gkd" or " " in row["method"]]
 for table in (score_table(rows, note=note), compare_table(rows, note=note), compare_table(continued, "student continued", note=note)):
@@ -235,7 +235,7 @@ def test_alignment_and_wiring_follow_from_the_logs(first, results):
 def test_cost_is_of_the_networks_that_were_trained(results):
     counts = {role: sum(p.numel() for p in Run(run_folder(results, role)).network().parameters()) / 1e6 for role in ("teacher", "student")}
     cost = stored(results/"cost.csv").set_index("network")
-    assert cost["parameters (M)"].to_dict() == pytest.approx(counts) and set(cost["input"]) == {"1×1×128×128"}
+    assert cost["parameters (M)"].to_dict() == pytest.approx(counts) and set(cost["input"]) == {"1×1×64×64"}
 
 
 # the same command again, and its options -----------------------------------------------------------
@@ -390,6 +390,7 @@ def test_absent_data_without_a_network(here, monkeypatch):
     (dict(lr="1e-3x"), TypeError, "lr='1e-3x'.*expected float"),
     (dict(workers=True), TypeError, "workers=True.*expected int"),
     (dict(dataset=3), TypeError, "dataset=3.*expected str"),
+    (dict(size=100), ValueError, "unknown size 100"),
     (dict(dim=25.6), TypeError, "dim=25.6.*expected int"),
     (dict(anchors="two"), TypeError, "anchors='two'.*expected int or None"),
     (dict(alignment_width="narrow"), TypeError, "alignment_width='narrow'.*expected float or None"),
@@ -519,7 +520,7 @@ def test_whole_notebook_on_real_data(here, monkeypatch):
     if absent: pytest.skip(f"MEDKD_DATA holds no {', '.join(absent)}")
     for name, (vessels, parts) in FEW.items():
         monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], loader=partial(load_vessels, replace(vessels, **parts))))
-    cells = Cells(dataset="chasedb1", preset="smoke", steps=1, teacher_steps=1, methods="at")
+    cells = Cells(dataset="chasedb1", preset="smoke", size=128, steps=1, teacher_steps=1, methods="at")
     namespace = cells.run_to("write_results(")
     folder, rows = here/"runs/gkd/chasedb1", namespace["rows"]
     assert list(namespace["tests"]) == list(FEW) and namespace["note"] == "smoke preset"
