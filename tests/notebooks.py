@@ -1,5 +1,6 @@
 """Paper notebooks as a user runs them: by papermill in a kernel of its own, or cell by cell in this process."""
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -40,6 +41,17 @@ def papermill(folder, *arguments, path=GKD, timeout=600, **environment):
 def given(**values):
     "Arguments of papermill for these parameters."
     return [word for name, value in values.items() for word in ("-p", name, str(value))]
+
+
+def smoke_run(shared, path=GKD, **values):
+    "The smoke run of a paper notebook, by the first process of this test run that asks, for all."
+    folder, kept = shared/path.stem, shared/path.stem/"done.json"
+    with alone(shared/f"{path.stem}.lock"):
+        if not kept.exists():
+            folder.mkdir()
+            done = papermill(folder, *given(preset="smoke", **values), path=path, timeout=1500, MEDKD_CACHE=str(shared/"cache"))
+            kept.write_text(json.dumps(dict(code=done.code, text=done.text)))
+    return Done(**json.loads(kept.read_text()), folder=folder)
 
 
 def cell_sources(path, **values):

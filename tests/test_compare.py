@@ -3,26 +3,20 @@ import json
 
 import pandas as pd
 import pytest
-from notebooks import PAPERS, Cells, Done, alone, given, papermill
+from notebooks import PAPERS, Cells, smoke_run
 
 from medkd.files import read_json
 
 NOTEBOOK = PAPERS/"compare.ipynb"
 NOTE = "phantom data, smoke preset"
-TINY = dict(preset="smoke", methods="kd,sikd", search=1)
+TINY = dict(methods="kd,sikd", search=1)
 DRAWN = {"training_samples", "curves", "forest", "ranks", "overlays", "cost", "published"}
 
 
 @pytest.fixture(scope="session")
 def done(shared, fundi):
     "The smoke run of one process of this test run."
-    folder = shared/"compare"
-    with alone(shared/"compare.lock"):
-        if not (folder/"done.json").exists():
-            folder.mkdir()
-            ran = papermill(folder, *given(data_root=fundi, **TINY), path=NOTEBOOK, timeout=600, MEDKD_CACHE=str(shared/"cache"))
-            (folder/"done.json").write_text(json.dumps(dict(code=ran.code, text=ran.text)))
-    return Done(**json.loads((folder/"done.json").read_text()), folder=folder)
+    return smoke_run(shared, NOTEBOOK, data_root=fundi, **TINY)
 
 
 @pytest.fixture
@@ -96,7 +90,7 @@ def here(tmp_path, monkeypatch, cache):
 def test_once_more_trains_predicts_and_scores_nothing(done, results, fundi, here, monkeypatch, capsys):
     import torch
     before = {path: path.stat().st_mtime_ns for path in results.rglob("*") if path.is_file() and path.suffix in (".json", ".jsonl", ".pt", ".safetensors", ".csv") and path.parent.name != "tables"}
-    cells = Cells(NOTEBOOK, data_root=str(fundi), runs=str(done.folder/"runs"), **TINY)
+    cells = Cells(NOTEBOOK, data_root=str(fundi), runs=str(done.folder/"runs"), preset="smoke", **TINY)
     cells.run_to("plan = planned(")
     monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda *_: pytest.fail("a network was used"))
     cells.run_to("print(f\"search:")

@@ -1,7 +1,6 @@
 """papers/acf_bckd.ipynb as a user meets it: a whole run on the phantom, its numbers from the stored predictions, wrong parameters."""
 import ast
 import io
-import json
 import re
 import shutil
 from base64 import b64decode
@@ -9,7 +8,7 @@ from base64 import b64decode
 import numpy as np
 import pytest
 import torch
-from notebooks import PAPERS, Cells, Done, alone, given, papermill
+from notebooks import PAPERS, Cells, smoke_run
 from PIL import Image
 
 from medkd.files import read_json, read_jsonl
@@ -26,13 +25,7 @@ ROLES = ("teacher", "student", *METHODS)
 @pytest.fixture(scope="session")
 def first(shared):
     "The run of one process of this test run, in one folder for all."
-    folder = shared/"acf_bckd"
-    with alone(shared/"acf_bckd.lock"):
-        if not (folder/"first.json").exists():
-            folder.mkdir()
-            done = papermill(folder, *given(preset="smoke"), path=ACF, timeout=1500, MEDKD_CACHE=str(shared/"cache"))
-            (folder/"first.json").write_text(json.dumps(dict(code=done.code, text=done.text)))
-    return Done(**json.loads((folder/"first.json").read_text()), folder=folder)
+    return smoke_run(shared, ACF)
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
 """papers/graph_flow.ipynb as a user meets it: a whole run on a small phantom, other students and data, wrong parameters."""
-import json
 
 import numpy as np
 import pandas as pd
 import pytest
-from notebooks import PAPERS, TWINS, Cells, Done, alone, given, papermill
+from notebooks import PAPERS, TWINS, Cells, alone, smoke_run
 
 from medkd.files import read_json
 
@@ -29,13 +28,7 @@ def twins(shared):
 @pytest.fixture(scope="session")
 def done(shared, twins):
     "The smoke run of one process of this test run."
-    folder = shared/"graph_flow"
-    with alone(shared/"graph_flow.lock"):
-        if not (folder/"done.json").exists():
-            folder.mkdir()
-            ran = papermill(folder, *given(preset="smoke", data_root=twins), path=NOTEBOOK, timeout=600, MEDKD_CACHE=str(shared/"cache"))
-            (folder/"done.json").write_text(json.dumps(dict(code=ran.code, text=ran.text)))
-    return Done(**json.loads((folder/"done.json").read_text()), folder=folder)
+    return smoke_run(shared, NOTEBOOK, data_root=twins)
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """papers/hlfd.ipynb as a user meets it: a whole run on a small phantom, other data and networks, bad input."""
 import io
-import json
 from base64 import b64decode
 
 import numpy as np
 import pandas as pd
 import pytest
-from notebooks import PAPERS, Cells, Done, alone, given, papermill
+from notebooks import PAPERS, Cells, alone, smoke_run
 from PIL import Image
 
 from medkd.files import read_json
@@ -34,13 +33,7 @@ def twins(shared):
 @pytest.fixture(scope="session")
 def done(shared, twins):
     "The smoke run of one process of this test run."
-    folder = shared/"hlfd"
-    with alone(shared/"hlfd.lock"):
-        if not (folder/"done.json").exists():
-            folder.mkdir()
-            ran = papermill(folder, *given(preset="smoke", protocol="published", data_root=twins), path=NOTEBOOK, timeout=1500, MEDKD_CACHE=str(shared/"cache"))
-            (folder/"done.json").write_text(json.dumps(dict(code=ran.code, text=ran.text)))
-    return Done(**json.loads((folder/"done.json").read_text()), folder=folder)
+    return smoke_run(shared, NOTEBOOK, data_root=twins, protocol="published")
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 """papers/sikd.ipynb as a user meets it: a whole run on a small phantom, other data, wrong parameters, bad images and labels."""
-import json
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -9,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from notebooks import PAPERS, Cells, Done, alone, given, papermill
+from notebooks import PAPERS, Cells, alone, smoke_run
 from test_slices_data import TRAINING, frame, resave
 
 from medkd.data import phantom
@@ -42,13 +41,7 @@ def twins(shared):
 @pytest.fixture(scope="session")
 def done(shared, twins):
     "The smoke run of one process of this test run."
-    folder = shared/"sikd"
-    with alone(shared/"sikd.lock"):
-        if not (folder/"done.json").exists():
-            folder.mkdir()
-            ran = papermill(folder, *given(preset="smoke", data_root=twins, rules="published"), path=NOTEBOOK, timeout=1500, MEDKD_CACHE=str(shared/"cache"))
-            (folder/"done.json").write_text(json.dumps(dict(code=ran.code, text=ran.text)))
-    return Done(**json.loads((folder/"done.json").read_text()), folder=folder)
+    return smoke_run(shared, NOTEBOOK, data_root=twins, rules="published")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """papers/gkd.ipynb as a user meets it: a whole run on small phantoms, the same command again, its options, and every wrong way to call it."""
 import ast
 import io
-import json
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from notebooks import Cells, Done, alone, given, papermill
+from notebooks import Cells, given, papermill, smoke_run
 from PIL import Image
 
 from medkd.core import weights_sha256
@@ -44,13 +43,7 @@ NO_NETWORK = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy
 @pytest.fixture(scope="session")
 def first(shared, fundi):
     "The run of one process of this test run, in one folder for all."
-    folder = shared/"gkd"
-    with alone(shared/"gkd.lock"):
-        if not (folder/"first.json").exists():
-            folder.mkdir()
-            done = papermill(folder, *given(preset="smoke", data_root=fundi, dim=64), MEDKD_CACHE=str(shared/"cache"))
-            (folder/"first.json").write_text(json.dumps(dict(code=done.code, text=done.text)))
-    return Done(**json.loads((folder/"first.json").read_text()), folder=folder)
+    return smoke_run(shared, data_root=fundi, dim=64)
 
 
 @pytest.fixture
