@@ -513,7 +513,7 @@ def test_whole_notebook_on_real_data(here, monkeypatch):
     if absent: pytest.skip(f"MEDKD_DATA holds no {', '.join(absent)}")
     for name, (vessels, parts) in FEW.items():
         monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], loader=partial(load_vessels, replace(vessels, **parts))))
-    cells = Cells(dataset="chasedb1", preset="smoke", size=128, steps=1, teacher_steps=1, methods="at")
+    cells = Cells(dataset="chasedb1", preset="smoke", size=128, steps=2, teacher_steps=2, methods="at")
     namespace = cells.run_to("write_results(")
     folder, rows = here/"runs/gkd/chasedb1", namespace["rows"]
     assert list(namespace["tests"]) == list(FEW) and namespace["note"] == "smoke preset"
