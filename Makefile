@@ -38,7 +38,7 @@ NO_BROWSER = "!!! NO BROWSER TESTS: chromium is missing and cannot be installed 
 test-ui: .venv/ui
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { test "$$(id -u)" = 0 && apt-get update -q \
 		&& env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends chromium fonts-liberation; } || echo $(NO_BROWSER)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/ui
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist load --maxschedchunk 1 -q tests/ui
 
 # the site of documentation in _docs: notebooks and papers (smoke, phantoms) executed, API, results; links checked
 docs: .venv/docs

@@ -392,7 +392,7 @@ def test_an_msan_of_another_training_size_is_refused_before_the_first_step(stage
 
 
 def test_three_classes_and_bf16(tmp_path):
-    data = rings(3)
+    data = replace(rings(3), val=Rings(2, 1, 96, 3)) # two tiles along each side
     base = replace(BASE, data=data, student=partial(build, "enet", 1, 3), precision="bf16", steps=1)
     teacher, student = (fit(r, tmp_path/n) for n, r in dict(
         t=replace(base, student=partial(build, "fanet", 1, 3, width=.125)), s=base).items())

@@ -8,6 +8,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from lab import CHROMIUM, SWITCHES  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    "Each of two processes begins with two tests: the longest has a short one beside it, and who is free takes the last."
+    order = ["test_notebook[start]", "test_pages", "test_notebook[gkd]", "test_search", "test_run_is_continued_and_stopped"]
+    items.sort(key=lambda item: order.index(item.name) if item.name in order else len(order))
+
+
 @pytest.fixture
 def page():
     "A page that reaches loopback alone; at the end there must have been no error and no request elsewhere."
