@@ -21,12 +21,13 @@ def hu_window(hu:np.ndarray, low:float=-200, high:float=250) -> np.ndarray: # fl
     "Hounsfield units inside the window, scaled."
     return np.clip((hu - np.float32(low)) / np.float32(high - low), 0, 1)
 
-# %% ../../nbs/data/08_slices.ipynb #57dbe699
+# %% ../../nbs/data/08_slices.ipynb #1763073a
 def resize_slices(volume:np.ndarray,    # (Z,H,W) float32 or uint8
                   shape:tuple[int, int],
                   nearest:bool=False    # of labels; else bilinear, averaging when it shrinks
                   ) -> np.ndarray:      # (Z,*shape), of the same type
     "Every slice at another size; pixel (0,0) and the last one keep their outer edges."
+    if volume.shape[1:] == tuple(shape): return np.array(volume, order="C")
     method = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
     return np.stack([np.asarray(Image.fromarray(s).resize(shape[::-1], method)) for s in volume])
 
