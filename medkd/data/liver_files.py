@@ -107,7 +107,8 @@ def read_classes(folder:Path, files:dict[str, list[str]],
     if problems := [*problems, *damaged]:
         return None, None, problems
     (image, scan), (name, label) = found.items()
-    odd = ~np.isin(label.pixels, (0, 1, 2))
+    with np.errstate(invalid="ignore"): classes = label.pixels.astype(np.uint8)
+    odd = (classes != label.pixels) | (classes > 2)
     if not np.isfinite(scan.pixels).all():
         problems.append(Problem(image, "values", "holds NaN or infinite values"))
     if scan.pixels.shape != label.pixels.shape:
@@ -118,9 +119,9 @@ def read_classes(folder:Path, files:dict[str, list[str]],
     if odd.any():
         values = np.unique(label.pixels[odd])[:5].tolist()
         problems.append(Problem(name, "values", f"holds {values}, expected 0, 1 and 2"))
-    elif not label.pixels.any():
+    elif not classes.any():
         problems.append(Problem(name, "values", f"no {organ} in it"))
-    return (None, None, problems) if problems else (scan, label.pixels.astype(np.uint8), [])
+    return (None, None, problems) if problems else (scan, classes, [])
 
 # %% ../../nbs/data/10_liver_files.ipynb #b22c9058
 def inspect_tumours(folder:Path, patient:str, files:dict[str, list[str]]
@@ -246,7 +247,7 @@ def check_liver(liver:Liver, folder:Path, # in official layout
     for patient, own in files.items():
         scan, _, wrong = liver.inspect(folder, patient, own)
         problems += wrong
-        same = scan and first.setdefault(digest(scan.pixels), patient)
+        same = scan and first.setdefault(digest(scan.pixels.astype(np.float32)), patient)
         if same and same != patient:
             problems.append(Problem(own["image"][0], "duplicate",
                                     f"patient {patient} is patient {same}"))

@@ -17,7 +17,8 @@ from .patches import as_item, relight
 from .scans import Scan
 
 # %% ../../nbs/data/08_slices.ipynb #a3a2b12f
-def hu_window(hu:np.ndarray, low:float=-200, high:float=250) -> np.ndarray: # float32 in [0,1]
+def hu_window(hu:np.ndarray, # float32, or integers of two bytes
+              low:float=-200, high:float=250) -> np.ndarray: # float32 in [0,1]
     "Hounsfield units inside the window, scaled."
     return np.clip((hu - np.float32(low)) / np.float32(high - low), 0, 1)
 
@@ -27,7 +28,7 @@ def resize_slices(volume:np.ndarray,    # (Z,H,W) float32 or uint8
                   nearest:bool=False    # of labels; else bilinear, averaging when it shrinks
                   ) -> np.ndarray:      # (Z,*shape), of the same type
     "Every slice at another size; pixel (0,0) and the last one keep their outer edges."
-    if volume.shape[1:] == tuple(shape): return np.array(volume, order="C")
+    if volume.shape[1:] == tuple(shape): return volume.copy()
     method = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
     return np.stack([np.asarray(Image.fromarray(s).resize(shape[::-1], method)) for s in volume])
 
