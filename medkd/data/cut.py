@@ -32,7 +32,7 @@ def cut(layout:Liver, folder:Path, case:str, files:Mapping[str, list[str]],
     if problems: raise ValueError("\n".join(map(str, problems)))
     hu, label = scan.pixels, resize_slices(label, (size, size), nearest=True)
     if hu.dtype != np.int16 or hu.shape[1:] != (size, size):
-        hu = resize_slices(hu.astype(np.float32), (size, size)).round().clip(-32768, 32767)
+        hu = resize_slices(hu, (size, size)).round().clip(-32768, 32767)
     return dict(image=hu.astype(np.int16, copy=False), label=label,
                 shape=np.array(scan.pixels.shape), spacing=np.array(scan.spacing))
 

@@ -23,12 +23,13 @@ def hu_window(hu:np.ndarray, # float32, or integers of two bytes
     return np.clip((hu - np.float32(low)) / np.float32(high - low), 0, 1)
 
 # %% ../../nbs/data/08_slices.ipynb #1763073a
-def resize_slices(volume:np.ndarray,    # (Z,H,W) float32 or uint8
+def resize_slices(volume:np.ndarray,    # (Z,H,W) float32 or uint8; others are resized as float32
                   shape:tuple[int, int],
                   nearest:bool=False    # of labels; else bilinear, averaging when it shrinks
-                  ) -> np.ndarray:      # (Z,*shape), of the same type
+                  ) -> np.ndarray:      # (Z,*shape)
     "Every slice at another size; pixel (0,0) and the last one keep their outer edges."
     if volume.shape[1:] == tuple(shape): return volume.copy()
+    if volume.dtype != np.uint8: volume = volume.astype(np.float32, copy=False)
     method = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
     return np.stack([np.asarray(Image.fromarray(s).resize(shape[::-1], method)) for s in volume])
 
