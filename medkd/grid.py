@@ -5,6 +5,7 @@ __all__ = ['parse_budget', 'Plan', 'Grid', 'best_score', 'Rehearsal', 'Stopwatch
            'device_name', 'estimate', 'duration', 'taken', 'Timed', 'scored_once', 'text_sha256', 'held_scores']
 
 # %% ../nbs/12_grid.ipynb #bc155225
+import copy
 import hashlib
 import importlib
 import json
@@ -118,11 +119,12 @@ class Rehearsal:
     def __call__(self, recipe:Recipe, folder:Path) -> torch.nn.Module:
         role = Path(folder).name
         weights = tuple((name, weight if not callable(weight) else repr(getattr(weight, "keywords", weight))) for name, weight in recipe.weights.items())
-        self.recipes[role, recipe.seed, recipe.steps, recipe.lr, weights] = recipe
+        self.recipes[role, recipe.seed, recipe.steps, recipe.lr, weights, id(recipe.teacher)] = recipe
         self.kinds.setdefault(role, recipe)
         if role not in self.networks:
-            with isolated_rng(0): self.networks[role] = network_maker(recipe.student)()
-        return self.networks[role]
+            with isolated_rng(0): self.networks[role] = {recipe.seed: network_maker(recipe.student)()}
+        made = self.networks[role] # one of each seed, with the same parameters: what is taught by them differs
+        return made.setdefault(recipe.seed, copy.copy(next(iter(made.values()))))
 
     @property
     def planned(self) -> list[tuple[str, Recipe]]: return [(key[0], recipe) for key, recipe in self.recipes.items()]
