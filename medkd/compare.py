@@ -57,7 +57,7 @@ def winner_text(found:Mapping, patients:int, # independent ones in the test set
     few = [f"{found['seeds']} seed{'s' * (found['seeds'] > 1)} (three are needed)"] * (found["seeds"] < seeds)
     few += [f"{patients} independent patients, with which no p lies below {2. ** (1 - patients):.3g}"] * (2. ** (1 - patients) >= level)
     close = [f"corrected p {p_text(found['worst'])} against {found['against']}"] * (not found["worst"] < level)
-    close += [f"{' and '.join(found['behind'])} did better in some seed"] * bool(found["behind"])
+    close += [f"{', '.join(found['behind'])} did better in some seed"] * bool(found["behind"])
     return f"no winner: {found['method']} has the best mean, but {'; '.join(few + close)}"
 
 # %% ../nbs/13_compare.ipynb #0b3b40ef
@@ -135,7 +135,7 @@ def show_forest(tables:Mapping[str, object], # protocol -> DataFrame of `compare
         ax.set(title=name, xlabel=f"{metric} - that of {baseline}", ylabel="")
     handles = [ax.plot([], [], "o-", color=colour, label=protocol)[0] for protocol, colour in zip(tables, PALETTE)]
     handles += [ax.plot([], [], "o", color="white", mec="#555555", label="no difference by the corrected test")[0]]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) if len(sets) > 1 else 1)
     return figure
 
 # %% ../nbs/13_compare.ipynb #56058aa6
