@@ -125,20 +125,27 @@ SCALE = 4 # vessels are drawn that much larger and averaged down
 def draw(vessels:list[tuple[np.ndarray, bool]], # paths in units of the field of view
          shape:tuple[int, int], # (H,W) pixels
          radius:float,          # of the field of view, pixels
-         shade:callable,        # radius, artery -> (width factor, value in [0,1])
-         ) -> np.ndarray:       # (H,W) float32 in [0,1], averaged over each pixel
+         shade:callable,        # radii (n,), artery -> (width factor, values in [0,1] (n,))
+         cover:bool=False,      # give also where any stroke is; only for values above 0
+         ) -> np.ndarray:       # (H,W) float32 in [0,1], averaged over each pixel; with `cover`: two
     "The vessels as tapering strokes; of two that overlap the thicker is seen."
     height, width = shape
     canvas = Image.new("L", (width * SCALE, height * SCALE))
     pen, unit = ImageDraw.Draw(canvas), radius * SCALE
     for path, artery in vessels:
         points = path[:, :2] * unit + (width * SCALE / 2, height * SCALE / 2)
-        for (x0, y0), (x1, y1), r in zip(points[:-1], points[1:], path[1:, 2]):
-            factor, value = shade(r, artery)
-            w, fill = max(1., r * unit * factor), round(255 * value)
-            pen.line((x0, y0, x1, y1), fill, round(2 * w))
-            pen.ellipse((x1 - w, y1 - w, x1 + w, y1 + w), fill)
-    return np.asarray(canvas.reduce(SCALE), np.float32) / 255
+        factor, values = shade(path[1:, 2], artery)
+        w = np.maximum(1., path[1:, 2] * unit * factor)[:, None]
+        fills = np.round(255 * values).astype(int).tolist()
+        widths = np.round(2 * w[:, 0]).astype(int).tolist()
+        lines = np.hstack([points[:-1], points[1:]]).tolist()
+        discs = np.hstack([points[1:] - w, points[1:] + w]).tolist()
+        for line, disc, fill, width_of_line in zip(lines, discs, fills, widths):
+            pen.line(line, fill, width_of_line)
+            pen.ellipse(disc, fill)
+    drawn = [canvas, canvas.point(lambda value: 255 * (value > 0))] if cover else [canvas]
+    means = [np.asarray(image.reduce(SCALE), np.float32) / 255 for image in drawn]
+    return means if cover else means[0]
 
 # %% ../../nbs/data/04_fundus.ipynb #6526daca
 def cloud(rng:np.random.Generator, shape:tuple[int, int],
@@ -165,7 +172,7 @@ def choroid(rng:np.random.Generator, shape:tuple[int, int], radius:float, # pixe
     starts = [Sprout(*rng.uniform(-1, 1, 2), angle, style.calibre * rng.uniform(.8, 1.8),
                      angle + rng.normal(0, .5), False) for angle in rng.uniform(-3, 3, 24)]
     paths = [walk(rng, start, (9, 9), style.calibre * .5, set())[0] for start in starts]
-    streaks = draw([(path, False) for path in paths], shape, radius, lambda r, artery: (1., .7))
+    streaks = draw([(path, False) for path in paths], shape, radius, lambda r, artery: (1., np.full(len(r), .7)))
     streaks = gaussian_filter(streaks, radius * style.calibre)
     return streaks - streaks.mean()
 
@@ -222,10 +229,9 @@ def fundus(rng:np.random.Generator, # of this photograph
     pigment = skin.normal() * np.array([.5, 1, 1]) + skin.normal(0, .25, 3)
     colour = np.array(style.colour) * np.exp(style.spread * pigment)
     vessels = grow(rng, arcades(rng, disc, side, style), fovea, .45 / radius)
-    thickness = draw(vessels, x.shape, radius, lambda r, artery: (
-        1., (.35 + .65 * min(1., r / style.calibre)) * (.8 if artery else 1.)))
-    streak = draw(vessels, x.shape, radius, lambda r, artery: (.35, artery and r * radius > 1.))
-    cover = draw(vessels, x.shape, radius, lambda r, artery: (1., 1.))
+    thickness, cover = draw(vessels, x.shape, radius, lambda r, artery: (
+        1., (.35 + .65 * np.minimum(1., r / style.calibre)) * (.8 if artery else 1.)), cover=True)
+    streak = draw(vessels, x.shape, radius, lambda r, artery: (.35, artery & (r * radius > 1.)))
     picture = retina(rng, x, y, disc, fovea, colour, style, radius)
     if rng.random() < style.lesions:
         bright, dark = lesions(rng, x, y)
