@@ -5,10 +5,13 @@ __all__ = ['Seeded', 'Places', 'training_loader', 'outlast_signals', 'whole_load
 
 # %% ../../nbs/trainers/04_loader.ipynb #a77f67b5
 import ctypes
+import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -66,13 +69,13 @@ class Places:
 def training_loader(places:Places, workers:int=0, pin:bool=False) -> DataLoader:
     "Batches of `places`; draws nothing from the global generators."
     return DataLoader(Seeded(places.data, places.seed), batch_sampler=places, num_workers=workers,
-                      collate_fn=collate, pin_memory=pin, worker_init_fn=outlast_signals,
+                      collate_fn=collate, pin_memory=pin, worker_init_fn=partial(outlast_signals, os.getpid()),
                       generator=torch.Generator().manual_seed(places.seed))
 
-def outlast_signals(worker:int) -> None:
+def outlast_signals(parent:int, worker:int) -> None:
     """In a worker: let the training process answer a signal that its whole group gets, and end with
     its loader; after SIGTERM within 20 s whatever happens, and at once when that process is killed."""
-    end_with_parent()
+    end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
@@ -81,10 +84,12 @@ def whole_loader(data) -> DataLoader:
     return DataLoader(data, batch_size=1, collate_fn=collate, generator=torch.Generator())
 
 # %% ../../nbs/trainers/04_loader.ipynb #0f92b1a0
-def end_with_parent() -> None:
-    "Linux kills this process as soon as the one that forked it ends, however that ends; elsewhere nothing."
+def end_with_parent(parent:int) -> None:
+    "Linux kills this process as soon as the one that forked it, `parent`, ends, however that ends; elsewhere nothing."
     PR_SET_PDEATHSIG = 1
-    if sys.platform == "linux": ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform != "linux": return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if multiprocessing.get_start_method() == "fork" and os.getppid() != parent: os._exit(1) # it had ended before
 
 # %% ../../nbs/trainers/04_loader.ipynb #3b941219
 @contextmanager
