@@ -22,7 +22,7 @@ HIGHER = {"dice": True, "iou": True, "nsd": True, "auc": True, "hd95": False, "a
 
 def winner(rows, dataset:str, metric:str="dice", seeds:int=3, level:float=.05,
            apart:Sequence[str]=("teacher",) # that do not compete
-           ) -> dict: # method, sure, seeds, worst (corrected p), against, behind (in some seed)
+           ) -> dict: # method, sure, seeds, worst (corrected p), against, behind: those it is not ahead of in some seed
     "The method with the best mean of one metric on one data set, and whether it is surely the best. KeyError for another metric."
     if metric not in HIGHER: raise unknown("metric", metric, HIGHER)
     frame = as_frame(rows)
@@ -57,7 +57,7 @@ def winner_text(found:Mapping, patients:int, # independent ones in the test set
     few = [f"{found['seeds']} seed{'s' * (found['seeds'] > 1)} (three are needed)"] * (found["seeds"] < seeds)
     few += [f"{patients} independent patients, with which no p lies below {2. ** (1 - patients):.3g}"] * (2. ** (1 - patients) >= level)
     close = [f"corrected p {p_text(found['worst'])} against {found['against']}"] * (not found["worst"] < level)
-    close += [f"{', '.join(found['behind'])} did better in some seed"] * bool(found["behind"])
+    close += [f"in some seed not ahead of {', '.join(found['behind'])}"] * bool(found["behind"])
     return f"no winner: {found['method']} has the best mean, but {'; '.join(few + close)}"
 
 # %% ../nbs/13_compare.ipynb #0b3b40ef
