@@ -45,7 +45,7 @@ def figure_text(figure) -> str:
     rows = dict.fromkeys(" ".join(ax.get_ylabel().split()) for ax in axes)
     named = ", ".join(filter(None, titles)), ", ".join(filter(None, rows)), ", ".join(filter(None, dict.fromkeys(ax.get_xlabel() for ax in axes)))
     parts = [f"{word} {text}" for word, text in zip((f"{len(axes)} panel{'s' * (len(axes) != 1)}:", "rows or vertical axes:", "horizontal axes:"), named) if text]
-    return ". ".join(filter(None, (figure.get_suptitle(), *parts)))
+    return ". ".join(filter(None, (figure.get_suptitle().replace("\n", " · "), *parts)))
 
 def display_figure(figure) -> None:
     "The picture and its text, then its controls, if it has any."
@@ -64,7 +64,8 @@ def make_figure(width:float, height:float, # inches
     figure = plt.figure(figsize=(width, height), layout=layout)
     plt.close(figure)
     figure.controls, figure._ipython_display_ = None, partial(display_figure, figure)
-    if text := " · ".join(filter(None, (title, note))): figure.suptitle(text)
+    parts = [*filter(None, (title, note))]
+    if parts: figure.suptitle((" · " if .093 * len(" · ".join(parts)) < width else "\n").join(parts)) # inches of a letter
     return figure
 
 # %% ../nbs/04_pictures.ipynb #36147d26
