@@ -41,7 +41,7 @@ def verify_command(args:argparse.Namespace) -> int:
 def slices_command(args:argparse.Namespace) -> int:
     "Cut the slices that are not there yet, verify all, and say how many there are."
     from medkd.data.cut import make_slices
-    try: made = make_slices(args.inpath, args.outpath, args.dataset, args.task, args.size, bar=not args.json)
+    try: made = make_slices(args.inpath, args.outpath, args.dataset, args.task, args.size, not args.json, args.workers)
     except KeyboardInterrupt:
         fail("stopped; the same command continues")
         return 130
@@ -201,6 +201,7 @@ def parser() -> argparse.ArgumentParser:
     slices.add_argument("--dataset", required=True, help="kits19, lits, phantom:kits19 or phantom:lits")
     slices.add_argument("--task", default="tumour", help="whose slices are listed: tumour (default) or organ")
     slices.add_argument("--size", type=int, default=512, help="side of a slice in pixels (default: 512)")
+    slices.add_argument("--workers", type=int, default=0, help="cases at a time (default: one per core, at most 4)")
     results = command("table", table_command, "the results of a paper's runs as markdown, csv or LaTeX")
     results.add_argument("folder", type=Path, help="what a paper notebook wrote, e.g. runs/gkd/chasedb1")
     results.add_argument("--format", choices=("md", "csv", "latex"), default="md", help="default: md")

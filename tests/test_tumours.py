@@ -299,6 +299,16 @@ def test_slices_are_what_the_scan_holds(originals, tmp_path):
             assert np.array_equal(arrays["label"], resize_slices(label, (SIDE, SIDE), True))
 
 
+def test_cases_at_a_time_change_nothing(originals, tmp_path, capsys):
+    made = [make(originals, tmp_path/f"out{workers}", workers=workers) for workers in (1, 3)]
+    assert made[0] == made[1] and made[0]["cut"] == 5
+    one, three = ({path.name: path.read_bytes() for path in (tmp_path/f"out{workers}").iterdir() if path.name[0] != "."} for workers in (1, 3))
+    assert one.keys() == three.keys() and all(one[name] == three[name] for name in one if name != "slices.json")
+    assert json.loads(one["slices.json"]) == json.loads(three["slices.json"])
+    assert command(originals, tmp_path/"out3", "--workers", "2") == 0 and "0 cut now" in capsys.readouterr().out
+    assert command(originals, tmp_path/"out3", "--workers", "-1") != 0 and "workers=-1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("where", ["store", "write_arrays", "file_sha256", "write_json"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_stopped_cutting_goes_on(where, error, originals, tmp_path, monkeypatch):

@@ -5,9 +5,12 @@ __all__ = ['LAYOUTS', 'TASKS', 'cut', 'claim', 'describe_source', 'whole', 'stor
            'read_cut']
 
 # %% ../../nbs/data/31_cut.ipynb #82dba02f
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -92,23 +95,34 @@ def store(out:Path, case:str, arrays:Mapping[str, np.ndarray], sources:Mapping[s
 # %% ../../nbs/data/31_cut.ipynb #eeb03510
 def cut_missing(inpath:Path, out:Path, found:Mapping[str, dict], # case -> role -> paths
                 about:dict, done:dict[str, dict], # grows
+                workers:int, # cases at a time
                 bar:bool) -> tuple[list[str], int]: # problems, cases that were cut
     "Cut every case that is not whole; each is entered in slices.json at once."
     from tqdm import tqdm
-    layout, problems, count = LAYOUTS[about["dataset"].rpartition(":")[2]], [], 0
-    for case in tqdm(found, about["dataset"], unit="case", disable=not bar):
+    layout, lock, problems, cut_now = LAYOUTS[about["dataset"].rpartition(":")[2]], Lock(), {}, set()
+    def one(case:str):
         sources = checksums(inpath, [path for paths in found[case].values() for path in paths])
         lacking = not all(found[case].values())
-        if not lacking and whole(out, case, done.get(case), sources): continue
+        if not lacking and whole(out, case, done.get(case), sources): return
         if case in done and not lacking: tqdm.write(f"{case}: its slices are damaged or gone, they are cut again")
         try: arrays = cut(layout, inpath, case, found[case], about["size"])
         except ValueError as error:
-            problems.append(str(error))
-            continue
-        done[case] = store(out, case, arrays, sources)
-        write_json(out / "slices.json", dict(about=about, cases=done))
-        count += 1
-    return problems, count
+            problems[case] = str(error)
+            return
+        entry = store(out, case, arrays, sources)
+        with lock:
+            done[case] = entry
+            write_json(out / "slices.json", dict(about=about, cases=done))
+        cut_now.add(case)
+    with ThreadPoolExecutor(workers) as pool:
+        running = [pool.submit(one, case) for case in found]
+        try:
+            for case in tqdm(as_completed(running), about["dataset"], len(running), unit="case", disable=not bar):
+                case.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True) # those at work end and are entered
+            raise
+    return [problems[case] for case in found if case in problems], len(cut_now)
 
 # %% ../../nbs/data/31_cut.ipynb #f950776b
 def make_slices(inpath:str|Path,  # in official layout
@@ -116,12 +130,14 @@ def make_slices(inpath:str|Path,  # in official layout
                 dataset:str,      # "kits19", "lits", "phantom:kits19", "phantom:lits"
                 task:str="tumour", # "tumour" | "organ": whose slices are listed in <task>.txt
                 size:int=512,     # side of a slice, pixels
-                bar:bool=False    # show progress on standard error
+                bar:bool=False,   # show progress on standard error
+                workers:int=0     # cases at a time; 0: one per core, at most 4
                 ) -> dict[str, int]: # cases; slices; listed slices; cases cut now
     """Cut every annotated case, or what is left of them. FileNotFoundError without cases,
     FileExistsError for a folder with other slices, ValueError naming bad files."""
     inpath, about = Path(inpath), describe_source(dataset, Path(inpath), size)
     if task not in TASKS: raise unknown("task", task, TASKS)
+    if workers < 0: raise ValueError(f"workers={workers}; expected the number of cases at a time, or 0")
     layout = LAYOUTS[dataset.rpartition(":")[2]]
     found = layout.find(inpath)
     if not found:
@@ -129,7 +145,8 @@ def make_slices(inpath:str|Path,  # in official layout
     out = make_folder(outpath)
     with writing(out):
         done = claim(out, about)
-        problems, count = cut_missing(inpath, out, found, about, done, bar)
+        problems, count = cut_missing(inpath, out, found, about, done,
+                                      workers or min(4, os.cpu_count() or 1), bar)
         if problems:
             raise ValueError("\n".join([f"{len(problems)} of {len(found)} cases in {inpath} cannot "
                                         "be cut, the others are; mend them and run again:",

@@ -135,9 +135,12 @@ def stack(slices:Mapping[str, Slice] # a series without problems, sorted by name
 # %% ../../nbs/data/07_scans.ipynb #5ce81a07
 def in_rows(voxels:np.ndarray, # (Z,H,W), in any order in memory
             dtype:np.dtype) -> np.ndarray:
-    "The same numbers, rows one after the other; copied by pieces that the processor's cache holds."
-    placed = np.empty(voxels.shape, dtype)
-    for row in range(0, voxels.shape[1], 8): placed[:, row:row + 8] = voxels[:, row:row + 8]
+    """The same numbers, rows one after the other; copied by pieces that the processor's cache holds, first
+    as they lie: lines of a scan that are a power of two apart share a place in the cache."""
+    placed, slab = np.empty(voxels.shape, dtype), voxels.shape[0] * voxels.shape[2] * voxels.itemsize
+    rows = max(1, 2**18 // max(1, slab))
+    for row in range(0, voxels.shape[1], rows):
+        placed[:, row:row + rows] = voxels[:, row:row + rows].copy(order="K")
     return placed
 
 # %% ../../nbs/data/07_scans.ipynb #b1523b3b
