@@ -184,8 +184,10 @@ def lesions(rng:np.random.Generator, x:np.ndarray, y:np.ndarray) -> tuple[np.nda
         home, reach = rng.uniform(-.5, .5, 2), rng.uniform(.1, .45)
         for _ in range(count):
             size = rng.uniform(.005, .028) * (1 if kind is bright else 1.3)
-            spot = bump(x, y, home + rng.normal(0, reach, 2), size, 1.5) * rng.uniform(.4, 1)
-            np.maximum(kind, spot, out=kind)
+            centre = home + rng.normal(0, reach, 2)
+            near = np.ix_(abs(y[:, 0] - centre[1]) < 5 * size, abs(x[0] - centre[0]) < 5 * size) # further off it is 0
+            spot = bump(x[near], y[near], centre, size, 1.5) * rng.uniform(.4, 1)
+            kind[near] = np.maximum(kind[near], spot)
     return bright, dark
 
 # %% ../../nbs/data/04_fundus.ipynb #5def675b
