@@ -17,21 +17,28 @@ import numpy as np
 from .base import cache_root
 
 # %% ../../nbs/data/41_stored.ipynb #51c2067a
+DTYPES = {"F32": "f4", "F64": "f8", "I16": "i2", "I32": "i4", "I64": "i8", "U8": "u1", "U16": "u2", "BOOL": "?",
+          "I8": "i1", "U32": "u4", "U64": "u8"} # of safetensors: numpy's
+
 def write_arrays(path:Path, arrays:dict[str, np.ndarray]):
     "An entry, whole or not at all. OSError when it cannot be written."
-    from safetensors.numpy import save
-    data = save({name: np.asarray(array, order="C") for name, array in arrays.items()})
+    kinds, about, flat, end = {np.dtype(kind): name for name, kind in DTYPES.items()}, {}, [], 0
+    for name, array in sorted(arrays.items(), key=lambda item: -item[1].itemsize): # each at a multiple of its size
+        array = np.asarray(array, array.dtype.newbyteorder("="), order="C")
+        about[name] = dict(dtype=kinds[array.dtype], shape=array.shape, data_offsets=[end, end := end + array.nbytes])
+        flat.append(array.reshape(-1).view(np.uint8))
+    head = json.dumps(about).encode()
+    head += b" " * (-len(head) % 8)
+    parts, digest = [len(head).to_bytes(8, "little"), head, *flat], hashlib.sha256()
+    for part in parts: digest.update(part)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file: file.writelines([hashlib.sha256(data).digest(), data])
+        with os.fdopen(handle, "wb") as file: file.writelines([digest.digest(), *parts])
         os.replace(temporary, path)
     finally: Path(temporary).unlink(missing_ok=True)
 
 # %% ../../nbs/data/41_stored.ipynb #5dfeada8
-DTYPES = {"F32": "f4", "F64": "f8", "I16": "i2", "I32": "i4", "I64": "i8", "U8": "u1", "U16": "u2", "BOOL": "?",
-          "I8": "i1", "U32": "u4", "U64": "u8"} # of safetensors: numpy's
-
 def map_arrays(path:Path,
                check:bool, # compare the checksum, which reads all of it
                ) -> dict[str, np.ndarray]: # read-only
