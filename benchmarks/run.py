@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common import ROOT, markdown
 
-NAMES = ("terms", "metrics", "loader", "trainer", "gkd", "graph_flow", "volumes", "acf_bckd", "sikd_hlfd", "show")
+NAMES = ("terms", "metrics", "loader", "trainer", "gkd", "graph_flow", "volumes", "acf_bckd", "sikd_hlfd", "slices", "show")
 
 
 def page(report):

@@ -119,3 +119,9 @@ def test_hlfd_equals_its_plain_form(benchmark):
     assert {f"HLFD, {name}" for name in module.OBJECTIVES} < {row["what"] for row in rows}
     row, verdict = module.average(True)
     assert row["plain form / ours"] > 0 and "times as fast as the loop" in verdict
+
+
+def test_slices_benchmark_cuts_every_time(benchmark, monkeypatch, tmp_path):
+    monkeypatch.setenv("MEDKD_CACHE", str(tmp_path))
+    rows = benchmark("slices").measure((6, 32, 32), 2, 2)
+    assert len(rows) == 3 and all(row["packed MB/s"] > 0 for row in rows)
