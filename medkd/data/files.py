@@ -87,11 +87,7 @@ def checksums(folder:Path,         # of a data set
 # %% ../../nbs/data/01_files.ipynb #edebd185
 def file_sha256(path:Path, open:Callable=open) -> str:
     "The sha256 of what `open` reads from the file."
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../../nbs/data/01_files.ipynb #33e1d99e
 def content_sha256(path:Path) -> str:

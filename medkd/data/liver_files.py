@@ -107,8 +107,9 @@ def read_classes(folder:Path, files:dict[str, list[str]],
     if problems := [*problems, *damaged]:
         return None, None, problems
     (image, scan), (name, label) = found.items()
-    with np.errstate(invalid="ignore"): classes = label.pixels.astype(np.uint8)
-    odd = (classes != label.pixels) | (classes > 2)
+    with np.errstate(invalid="ignore"): classes = label.pixels.astype(np.uint8, copy=False)
+    odd = classes > 2
+    if classes is not label.pixels: odd |= classes != label.pixels
     if not np.isfinite(scan.pixels).all():
         problems.append(Problem(image, "values", "holds NaN or infinite values"))
     if scan.pixels.shape != label.pixels.shape:
