@@ -50,8 +50,9 @@ def soft_boundary(student:Tensor, # (B,K,*S) logits
         prob = student.softmax(1)[:, 1:]
         target = class_masks(teacher.argmax(1), student.shape[1], student.shape[2:])[:, 1:]
     squared = distance(torch.stack([prob.detach() > .5, target]).flatten(0, 2))
-    farness = squared.view(2, *prob.shape).sum(0).to(prob.dtype)
-    return ((prob - target.to(prob.dtype)).square() * farness).mean().log1p()
+    of_student, of_teacher = squared.view(2, *prob.shape)
+    farness = of_student.add_(of_teacher).to(prob.dtype)
+    return ((prob - target.view(torch.uint8)).square() * farness).mean().log1p()
 
 # %% ../../nbs/losses/12_acf_bckd.ipynb #86a310ec
 class AttentionCorrection(nn.Module):
