@@ -56,7 +56,7 @@ def dice_score(net:nn.Module, loader:Iterable[dict], overlap:float=.25, blend:st
         if batch["image"].ndim == 5: pred, classes = volume_labels(net, batch, overlap, blend)
         else:
             logits = predict_batch(net, batch, overlap, blend)
-            pred, classes = logits.argmax(1) if label.ndim < logits.ndim else logits >= 0, logits.shape[1]
+            pred, classes = logits.max(1).indices if label.ndim < logits.ndim else logits >= 0, logits.shape[1]
         several = label.ndim == batch["image"].ndim
         score = dice_masks(pred, label > 0) if several else dice(pred * inside, label * inside, classes)
         scores.append(score.nanmean(1))

@@ -48,7 +48,7 @@ def soft_boundary(student:Tensor, # (B,K,*S) logits
     if multi_label: prob, target = student.sigmoid(), teacher.sigmoid() >= .5
     else:
         prob = student.softmax(1)[:, 1:]
-        target = class_masks(teacher.argmax(1), student.shape[1], student.shape[2:])[:, 1:]
+        target = class_masks(teacher.max(1).indices, student.shape[1], student.shape[2:])[:, 1:] # faster than argmax
     squared = distance(torch.stack([prob.detach() > .5, target]).flatten(0, 2))
     of_student, of_teacher = squared.view(2, *prob.shape)
     farness = of_student.add_(of_teacher).to(prob.dtype)
