@@ -33,6 +33,7 @@ def test_pages(address, page):
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         page.goto(f"{address}/index.html")
+        page.wait_for_load_state("networkidle") # what the next page cuts off would be a failed request
         page.evaluate("localStorage.clear()") # the last choice of a scheme
         for place in PAGES:
             page.goto(f"{address}/{place}")
