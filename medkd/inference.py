@@ -29,7 +29,7 @@ def predict(net:nn.Module,                 # forward gives logits (B,K,*S)
             ) -> Tensor:
     "Logits (B,K,*S) without gradients. An image smaller than a tile is padded with zeros, and cut again."
     flat = image.ndim == 4
-    def logits(part): return net(part.contiguous(memory_format=torch.channels_last) if flat else part) # faster in 2-D
+    def logits(part): return net(part.contiguous(memory_format=torch.channels_last) if flat else part) # faster for several channels
     with torch.no_grad():
         if tile is None: return logits(image)
         if tuple(tile) == tuple(image.shape[2:]): return torch.cat([logits(part) for part in image.split(batch)])
@@ -56,7 +56,7 @@ def dice_score(net:nn.Module, loader:Iterable[dict], overlap:float=.25, blend:st
         if batch["image"].ndim == 5: pred, classes = volume_labels(net, batch, overlap, blend)
         else:
             logits = predict_batch(net, batch, overlap, blend)
-            pred, classes = logits.max(1).indices if label.ndim < logits.ndim else logits >= 0, logits.shape[1]
+            pred, classes = logits.argmax(1) if label.ndim < logits.ndim else logits >= 0, logits.shape[1]
         several = label.ndim == batch["image"].ndim
         score = dice_masks(pred, label > 0) if several else dice(pred * inside, label * inside, classes)
         scores.append(score.nanmean(1))
